@@ -1,0 +1,280 @@
+"""Gaussian diffusion on video latents: noise schedule, training loss, guidance and three samplers.
+
+A model is any callable `model(x_t, t) -> output`; the caller closes over text and given frames.
+
+Glossary: `b` batch, `c` channels, `f` frames, `h w` height and width. Latents are (b, c, f, h, w).
+`t` is the diffusion timestep, 0 (almost clean) .. T-1 (noise), never a frame index. With
+alpha_t = sqrt(alphas_cumprod[t]) and sigma_t = sqrt(1 - alphas_cumprod[t]) a noisy latent is
+x_t = alpha_t * x_start + sigma_t * eps. SNR = alpha_t^2 / sigma_t^2, the signal-to-noise ratio.
+
+Papers: DDPM (Ho 2020, arXiv 2006.11239), DDIM (Song 2021, 2010.02502), improved DDPM (Nichol 2021,
+2102.09672), v-prediction (Salimans & Ho 2022, 2202.00512), guidance (Ho & Salimans 2022,
+2207.12598), DPM-Solver++ (Lu 2022, 2211.01095), simple diffusion (Hoogeboom 2023, 2301.11093),
+min-SNR (Hang 2023, 2303.09556), zero terminal SNR (Lin 2024, 2305.08891).
+
+    schedule = NoiseSchedule(DiffusionConfig())
+    loss = diffusion_loss(model, schedule, x_start, t, noise)
+    x_start = SAMPLERS["dpm"](model, schedule, noise, steps=25)
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from einops import reduce
+from torch import nn
+
+
+@dataclass(frozen=True)
+class DiffusionConfig:
+    """What the noise is and what the network predicts. ValueError if the values do not fit."""
+
+    timesteps: int = 1000  # T
+    schedule: str = "cosine"  # "linear" or "cosine"
+    prediction: str = "v"  # "v", "eps" or "x_start"
+    zero_terminal_snr: bool = True  # x at t = T-1 is pure noise, as it is when sampling starts
+    shift: float = 1.0  # multiplies sigma / alpha; above 1 is more noise, for larger latents
+    min_snr_gamma: float | None = None  # 5 in the paper; None weighs every timestep the same
+
+    def __post_init__(self):
+        if self.schedule not in ("linear", "cosine"):
+            raise ValueError(f"unknown schedule {self.schedule!r}: choose 'linear' or 'cosine'")
+        if self.prediction not in ("v", "eps", "x_start"):
+            raise ValueError(f"unknown prediction {self.prediction!r}: choose v, eps or x_start")
+        if self.prediction == "eps" and self.zero_terminal_snr:
+            raise ValueError("prediction 'eps' needs zero_terminal_snr=False: the last step is "
+                             "pure noise, so eps does not determine x_start there")
+        if self.timesteps < 2:
+            raise ValueError(f"timesteps must be at least 2, got {self.timesteps}")
+        for name in ("shift", "min_snr_gamma"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"{name} must be positive, got {value}")
+
+
+def make_alphas_cumprod(config):
+    """The config's alphas_cumprod: float64 (T,), decreasing, inside [0, 1)."""
+    if config.schedule == "linear":
+        # DDPM section 4 gives the betas for T = 1000; other T keep about the same total noise.
+        betas = torch.linspace(0.1, 20, config.timesteps, dtype=torch.float64) / config.timesteps
+    else:
+        # Nichol 2021 eq. 17; the offset 0.008 keeps the first betas from being too small.
+        time = torch.linspace(0, 1, config.timesteps + 1, dtype=torch.float64)
+        f = torch.cos((time + 0.008) / 1.008 * math.pi / 2) ** 2
+        betas = 1 - f[1:] / f[:-1]
+    # Nichol 2021 section 3.2: no singularity at the last step. Also bounds linear betas at tiny T.
+    alphas_cumprod = torch.cumprod(1 - betas.clamp(max=0.999), dim=0)
+    # Hoogeboom 2023 section 3.1: SNR / shift^2, written without the division by 1 - alphas_cumprod.
+    noise = config.shift ** 2 * (1 - alphas_cumprod)
+    alphas_cumprod = alphas_cumprod / (alphas_cumprod + noise)
+    if config.zero_terminal_snr:
+        # Lin 2024 Algorithm 1: shift sqrt(alphas_cumprod) so that the last is 0, then stretch it
+        # so that the first is what it was.
+        root = alphas_cumprod.sqrt()
+        alphas_cumprod = ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
+    return alphas_cumprod
+
+
+class NoiseSchedule(nn.Module):
+    """q(x_t | x_start) and the conversions between x_start, eps and v.
+
+    Latents may have any rank and float dtype; t is int64 (b,) on the schedule's device. The
+    arithmetic is float32 or better; results have the dtype of the latent that was passed.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        # persistent=False: the config rebuilds it.
+        self.register_buffer("alphas_cumprod", make_alphas_cumprod(config), persistent=False)
+
+    def _apply(self, fn, recurse=True):
+        # .half() or .to(torch.bfloat16) on a parent module would round alphas_cumprod (to exactly
+        # 1 at small t, so sigma = 0): follow the device only.
+        exact = self.alphas_cumprod
+        super()._apply(fn, recurse)
+        self.alphas_cumprod = exact.to(self.alphas_cumprod.device)
+        return self
+
+    def alpha_sigma(self, t, like):
+        """(alpha_t, sigma_t), each (b, 1, .., 1) to broadcast over `like`, float32 or better."""
+        a = self.alphas_cumprod[t].reshape(-1, *[1] * (like.dim() - 1))
+        dtype = torch.promote_types(like.dtype, torch.float32)
+        # Cast last: 1 - a in float32 would cost the small sigmas half of their digits.
+        return a.sqrt().to(dtype), (1 - a).sqrt().to(dtype)
+
+    def q_sample(self, x_start, t, noise):
+        """x_t from x_start and unit noise of the same shape (DDPM eq. 4)."""
+        alpha, sigma = self.alpha_sigma(t, x_start)
+        return (alpha * x_start + sigma * noise).to(x_start.dtype)
+
+    def target(self, x_start, t, noise):
+        """What the network should output, in the shape and dtype of x_start."""
+        alpha, sigma = self.alpha_sigma(t, x_start)
+        # v: Salimans & Ho 2022 appendix D
+        targets = {"v": alpha * noise - sigma * x_start, "eps": noise, "x_start": x_start}
+        return targets[self.config.prediction].to(x_start.dtype)
+
+    def predict(self, output, x_t, t):
+        """(x_start, eps) that a network output means at x_t; both in the dtype of x_t."""
+        alpha, sigma = self.alpha_sigma(t, x_t)
+        if self.config.prediction == "eps":
+            x_start, eps = (x_t - sigma * output) / alpha, output
+        elif self.config.prediction == "x_start":
+            x_start, eps = output, (x_t - alpha * output) / sigma
+        else:
+            # (x_t, v) is (x_start, eps) rotated: rotate back. No division, so any SNR will do.
+            x_start, eps = alpha * x_t - sigma * output, sigma * x_t + alpha * output
+        return x_start.to(x_t.dtype), eps.to(x_t.dtype)
+
+    def loss_weight(self, t):
+        """Min-SNR-gamma weights (b,), float32 (Hang 2023 section 3.4). 0 where SNR is 0."""
+        if self.config.min_snr_gamma is None:
+            return torch.ones_like(t, dtype=torch.float32)
+        snr = self.alphas_cumprod[t] / (1 - self.alphas_cumprod[t])
+        # min(SNR, gamma) is for the squared error in x_start. The same mistake is SNR times larger
+        # when it is measured in eps and SNR + 1 times in v, so those weights are divided by that.
+        divisor = {"v": snr + 1, "eps": snr, "x_start": 1}[self.config.prediction]
+        return (snr.clamp(max=self.config.min_snr_gamma) / divisor).float()
+
+    def timesteps(self, steps):
+        """`steps` decreasing timesteps, first T-1: "trailing" spacing (Lin 2024 section 3.3).
+
+        Starting below T-1 would hand pure noise to a network that expects some signal. ValueError
+        unless 1 <= steps <= T.
+        """
+        total = self.config.timesteps
+        if not 1 <= steps <= total:
+            raise ValueError(f"steps must be between 1 and {total}, got {steps}")
+        return [round(total - i * total / steps) - 1 for i in range(steps)]
+
+
+def diffusion_loss(model, schedule, x_start, t, noise, keep=None):
+    """Mean squared error of the model's output at x_t, a float32 scalar (DDPM eq. 14).
+
+    x_start, noise: (b, c, f, h, w); t: int64 (b,). keep: (b, f), 1 for the frames that count, 0
+    for those the model was given clean and could copy. Every sample weighs the same, however many
+    of its frames count; one with none adds 0.
+    """
+    output = model(schedule.q_sample(x_start, t, noise), t)
+    error = (output.float() - schedule.target(x_start, t, noise).float()) ** 2
+    error = reduce(error, "b c f h w -> b f", "mean")
+    keep = torch.ones_like(error) if keep is None else keep.to(error.dtype)
+    per_sample = (error * keep).sum(dim=1) / keep.sum(dim=1).clamp(min=1)
+    return (schedule.loss_weight(t) * per_sample).mean()
+
+
+def guided(denoise_pair, scale, rescale=0.0):
+    """Classifier-free guidance: a model(x_t, t) made from a pair of predictions.
+
+    denoise_pair(x_t, t) returns the (conditional, unconditional) outputs, which the caller gets
+    from one batch of 2b: `model(torch.cat([x, x]), torch.cat([t, t]), both).chunk(2)`.
+    scale 1 is the conditional output itself (so a caller may skip the pair), 0 the unconditional
+    one, more is stronger. rescale, in [0, 1], pulls the output's std back to the conditional one's.
+    """
+
+    def model(x_t, t):
+        conditional, unconditional = denoise_pair(x_t, t)
+        if scale == 1:
+            return conditional
+        # Float32: the difference of two close bf16 outputs, times scale, would be mostly rounding.
+        conditional, unconditional = conditional.float(), unconditional.float()
+        # Ho & Salimans 2022 eq. 6, scale = 1 + w. At a given x_t every prediction type is affine
+        # in eps, so to guide the output is to guide eps. Every channel is guided.
+        output = unconditional + scale * (conditional - unconditional)
+        if rescale:
+            # Lin 2024 eq. 15-16: a large scale inflates the std and overexposes the picture.
+            std, wanted = (o.std((1, 2, 3, 4), keepdim=True) for o in (output, conditional))
+            # clamp: a head that is still zero-initialised has std 0.
+            output = rescale * output * wanted / std.clamp(min=1e-8) + (1 - rescale) * output
+        return output
+    return model
+
+
+# Samplers. One signature; all return x_start, float32, not clamped (latents have no fixed range).
+#   model(x_t, t) -> output, with t an int64 tensor (b,); the output may be half precision
+#   x            unit noise (b, c, f, h, w), the state at t = T-1
+#   steps        network evaluations, 1..T, else ValueError
+#   randn_like   draws fresh unit noise like its argument; pass one with your own seeds
+#   progress     wraps the list of steps, for example tqdm
+# `a` and `a_next` are alphas_cumprod before and after a step; a_next is 1, no noise, at the last.
+
+
+def sampling_steps(schedule, steps, progress=None):
+    """The list of (t, a, a_next) to walk through. Python floats, so float64 on every device."""
+    t = schedule.timesteps(steps)
+    a = schedule.alphas_cumprod[t].tolist()
+    walk = list(zip(t, a, a[1:] + [1.0]))
+    return walk if progress is None else progress(walk)
+
+
+def denoise(model, schedule, x, t):
+    """(x_start, eps) predicted at x when the whole batch is at the timestep t (an int)."""
+    t = torch.full((len(x),), t, dtype=torch.long, device=x.device)
+    return schedule.predict(model(x, t), x, t)
+
+
+def posterior(a, a_next):
+    """q(x_next | x_t, x_start): the mean's factors of x_start and x_t, and the variance.
+
+    DDPM eq. 6-7. The ratio a / a_next is the alpha of one step of the chain that visits only the
+    chosen timesteps, so any subset of them is a valid chain.
+    """
+    alpha = a / a_next
+    clean, noisy = (1 - alpha) / (1 - a), (1 - a_next) / (1 - a)
+    return math.sqrt(a_next) * clean, math.sqrt(alpha) * noisy, (1 - alpha) * noisy
+
+
+@torch.no_grad()
+def ddpm_sample(model, schedule, x, steps, randn_like=torch.randn_like, progress=None):
+    """Ancestral sampling (DDPM Algorithm 2) over any number of steps."""
+    x = x.float()
+    for t, a, a_next in sampling_steps(schedule, steps, progress):
+        x_start, _ = denoise(model, schedule, x, t)
+        x_start_factor, x_t_factor, variance = posterior(a, a_next)
+        x = x_start_factor * x_start + x_t_factor * x
+        if variance > 0:
+            x = x + math.sqrt(variance) * randn_like(x)
+    return x
+
+
+@torch.no_grad()
+def ddim_sample(model, schedule, x, steps, randn_like=torch.randn_like, progress=None, eta=0.0):
+    """DDIM: eta 0 is deterministic, 1 is DDPM. ValueError unless 0 <= eta <= 1."""
+    if not 0 <= eta <= 1:
+        raise ValueError(f"eta must be between 0 and 1, got {eta}")
+    x = x.float()
+    for t, a, a_next in sampling_steps(schedule, steps, progress):
+        x_start, eps = denoise(model, schedule, x, t)
+        # Song 2021 eq. 16, which is eta^2 times the posterior variance
+        variance = eta ** 2 * (1 - a_next) / (1 - a) * (1 - a / a_next)
+        # Song 2021 eq. 12; max() because rounding may leave -1e-17 at tiny a, eta = 1
+        x = math.sqrt(a_next) * x_start + math.sqrt(max(1 - a_next - variance, 0)) * eps
+        if variance > 0:
+            x = x + math.sqrt(variance) * randn_like(x)
+    return x
+
+
+@torch.no_grad()
+def dpm_solver_sample(model, schedule, x, steps, randn_like=torch.randn_like, progress=None):
+    """DPM-Solver++(2M): second order, so few steps do. Deterministic: randn_like is not used."""
+    x = x.float()
+    x_start_last = h_last = None
+    for t, a, a_next in sampling_steps(schedule, steps, progress):
+        x_start, _ = denoise(model, schedule, x, t)
+        # Lu 2022: lambda = log(alpha / sigma), h = lambda_next - lambda. e^-h as a ratio is exact
+        # where lambda is infinite: it is 0 from pure noise (a = 0) and to clean data (a_next = 1).
+        exp_minus_h = math.sqrt(a * (1 - a_next) / ((1 - a) * a_next))
+        h = -math.log(exp_minus_h) if exp_minus_h > 0 else math.inf
+        # Lu 2022 Algorithm 2: extrapolate x_start along lambda from the last two predictions,
+        # D = (1 + 1/2r) x_start - 1/2r x_start_last, r = h_last / h. The first and last step are
+        # first order; after a start at pure noise h_last is infinite, 1/2r is 0, as it should be.
+        d = x_start
+        if x_start_last is not None and a_next < 1:
+            d = x_start + h / (2 * h_last) * (x_start - x_start_last)
+        x = math.sqrt((1 - a_next) / (1 - a)) * x + math.sqrt(a_next) * (1 - exp_minus_h) * d
+        x_start_last, h_last = x_start, h
+    return x
+
+
+SAMPLERS = {"dpm": dpm_solver_sample, "ddim": ddim_sample, "ddpm": ddpm_sample}

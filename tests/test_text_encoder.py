@@ -1,0 +1,261 @@
+"""Tests of text_encoder.py: the tokenizer loses nothing, and padding never leaks."""
+
+import random
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from text_encoder import (FIRST_MERGE, PAD, TextEncoder, TextEncoderConfig, Tokenizer,
+                          masked_attention)
+
+CAPTIONS = [
+    f"a {colour} {shape} moves {first}, then {second}"
+    for colour in ("red", "green", "blue")
+    for shape in ("circle", "square", "star")
+    for first in ("left", "right", "up", "down")
+    for second in ("left", "right", "up", "down")
+]
+
+STRINGS = [
+    "",
+    " ",
+    "a red circle moves right, then up",
+    "  two  spaces,\ttabs\t\tand\r\nlines \n ",
+    "snake_case don't --- ___ 3.14!?",
+    "emoji 🎬🟥 family 👨‍👩‍👧‍👦 flag 🇨🇭",
+    "一个红色的圆圈向右移动,然后向上。",
+    "cafe\u0301 is not caf\u00e9; n\u0303 \u0928\u092e\u0938\u094d\u0924\u0947",
+    "\x00\x01\x1f\x7f\x85\u200b\u2028\ufeff\U0010ffff",
+]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return Tokenizer.train(CAPTIONS)
+
+
+@pytest.fixture
+def encoder():
+    torch.manual_seed(0)
+    return TextEncoder(TextEncoderConfig(context_length=32, width=32, depth=2, heads=4)).eval()
+
+
+# Tokenizer
+
+
+@pytest.mark.parametrize("text", STRINGS)
+def test_any_string_round_trips(tokenizer, text):
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert PAD not in tokenizer.encode(text)
+
+
+def test_random_unicode_round_trips():
+    rng = random.Random(0)
+    points = [p for p in range(0x3000) if not 0xD800 <= p < 0xE000] + [0x1F600, 0x10FFFF]
+    texts = ["".join(map(chr, rng.choices(points, k=40))) for _ in range(50)]
+    for tokenizer in (Tokenizer([]), Tokenizer.train(texts)):
+        assert [tokenizer.decode(tokenizer.encode(text)) for text in texts] == texts
+
+
+def test_special_tokens(tokenizer):
+    assert tokenizer.encode("") == [1, 2]
+    assert Tokenizer([]).encode("A") == [1, 3 + 65, 2]
+    assert tokenizer.decode([1, 3 + 65, 2, 0, 0]) == "A"
+    assert tokenizer.decode([3 + 0xFF]) == "\ufffd"
+    assert tokenizer.decode(tokenizer.encode("\ud800")) == "?"      # a lone surrogate
+
+
+def test_merges_never_cross_words(tokenizer):
+    # "a red" is in a third of the captions, so a merge across the space would be learned.
+    for token in tokenizer.token_bytes[FIRST_MERGE:]:
+        assert b" " not in token[1:], token
+        assert token.isascii() and (token.strip().isalpha() or token == b","), token
+
+
+def test_first_merges_by_hand():
+    # " ab" x 3 and "ab": (a, b) occurs 4 times, then (space, ab) 3 times, then nothing is left.
+    tokenizer = Tokenizer.train(["ab ab ab ab"])
+    a, b, space = 3 + ord("a"), 3 + ord("b"), 3 + ord(" ")
+    assert tokenizer.merges == [(a, b), (space, FIRST_MERGE)]
+    assert tokenizer.encode("ab ab") == [1, FIRST_MERGE, FIRST_MERGE + 1, 2]
+
+
+def test_incremental_counts_equal_recounting():
+    """Training keeps its pair counts up to date; counting afresh at each merge agrees."""
+    rng = random.Random(1)
+    texts = [" ".join("".join(rng.choices("aab", k=rng.randint(1, 9))) for _ in range(8))
+             for _ in range(20)]
+    merges = Tokenizer.train(texts, vocab_size=FIRST_MERGE + 40).merges
+    for n in range(len(merges)):
+        partial = Tokenizer(merges[:n])
+        counts = {}
+        for text in texts:
+            words = text.split(" ")
+            for word in words[:1] + [" " + word for word in words[1:]]:
+                ids = partial.encode_piece(word)
+                for pair in zip(ids, ids[1:]):
+                    counts[pair] = counts.get(pair, 0) + 1
+        assert merges[n] == min(counts, key=lambda p: (-counts[p], p))
+
+
+def test_training_is_deterministic_and_shortens(tokenizer):
+    shuffled = random.Random(0).sample(CAPTIONS, len(CAPTIONS))
+    again = Tokenizer.train(iter(shuffled))
+    assert again.state_dict() == tokenizer.state_dict()
+    # Every training word became one token: a, red, circle, moves, right, the comma, then, up.
+    text = "a red circle moves right, then up"
+    assert len(tokenizer.encode(text)) == 8 + 2 < len(Tokenizer([]).encode(text)) == len(text) + 2
+
+
+def test_vocab_size(tokenizer):
+    assert Tokenizer([]).vocab_size == FIRST_MERGE == 259
+    assert tokenizer.vocab_size == FIRST_MERGE + len(tokenizer.merges) <= 512
+    assert Tokenizer.train(CAPTIONS, vocab_size=270).vocab_size == 270
+    assert Tokenizer.train([]).vocab_size == Tokenizer.train(["abc"]).vocab_size == 259
+    with pytest.raises(ValueError, match="259"):
+        Tokenizer.train(CAPTIONS, vocab_size=100)
+    with pytest.raises(ValueError, match="does not exist"):
+        Tokenizer([(3, 259)])
+    with pytest.raises(ValueError, match="does not exist"):
+        Tokenizer([(PAD, 5)])
+
+
+def test_state_dict_round_trip(tokenizer, tmp_path):
+    torch.save({"tokenizer": tokenizer.state_dict()}, tmp_path / "model.pt")
+    state = torch.load(tmp_path / "model.pt", weights_only=True)["tokenizer"]
+    loaded = Tokenizer.from_state_dict(state)
+    assert loaded.state_dict() == tokenizer.state_dict()
+    assert loaded.words == tokenizer.words and loaded.vocab_size == tokenizer.vocab_size
+    for text in STRINGS:
+        assert loaded.encode(text) == tokenizer.encode(text)
+
+
+def test_unknown_words(tokenizer):
+    assert tokenizer.unknown_words("A RED circle, moves: up!") == []
+    assert tokenizer.unknown_words("a Dragon and a red cat; the dragon") == [
+        "dragon", "and", "cat", "the"]
+    assert tokenizer.unknown_words("") == [] and "circle" in tokenizer.words
+
+
+def test_batch(tokenizer):
+    texts = ["a red circle", "", "a red circle moves right, then up"]
+    tokens, mask = tokenizer.batch(texts, context_length=64)
+    assert tokens.dtype == torch.int64 and mask.dtype == torch.bool
+    assert tokens.shape == mask.shape == (3, len(tokenizer.encode(texts[2])))
+    for row, keep, text in zip(tokens, mask, texts):
+        assert row[keep].tolist() == tokenizer.encode(text)
+        assert (row[~keep] == PAD).all()
+
+
+def test_too_long_text_raises(tokenizer):
+    text = "a red circle moves right, then up"
+    length = len(tokenizer.encode(text))
+    tokenizer.batch([text], context_length=length)
+    with pytest.raises(ValueError, match=rf"{length} tokens .*{length - 1}: shorten the prompt$"):
+        tokenizer.batch(["", text], context_length=length - 1)
+
+
+# TextEncoder
+
+
+def test_padding_never_changes_the_output(tokenizer, encoder):
+    short, long = "a red circle", "a blue star moves left, then down"
+    context, mask = encode(tokenizer, encoder, [short, long, ""])
+    for row, keep, text in zip(context, mask, [short, long, ""]):
+        alone, _ = encode(tokenizer, encoder, [text])
+        torch.testing.assert_close(row[keep], alone[0], rtol=0, atol=1e-6)
+        assert (row[~keep] == 0).all()
+    assert not mask.all()
+
+
+def test_padding_content_is_ignored(tokenizer, encoder):
+    tokens, mask = tokenizer.batch(["a red circle", "a blue star moves left, then down"], 32)
+    noisy = torch.where(mask, tokens, torch.randint_like(tokens, 1, 259))
+    assert torch.equal(encoder(tokens, mask), encoder(noisy, mask))
+
+
+def test_row_without_real_tokens_is_zero(encoder):
+    context = encoder(torch.zeros(1, 4, dtype=torch.int64), torch.zeros(1, 4, dtype=torch.bool))
+    assert (context == 0).all()
+
+
+def test_word_order_changes_the_encoding(tokenizer, encoder):
+    # The same tokens in another order. Without positions the start token could not tell them
+    # apart, but for rounding.
+    tokens, mask = tokenizer.batch(["moves right then up", "moves up then right"], 32)
+    assert sorted(tokens[0].tolist()) == sorted(tokens[1].tolist())
+    first, second = encoder(tokens, mask)
+    assert (first[0] - second[0]).abs().max() > 1e-3
+
+
+def test_each_token_sees_the_whole_sentence(encoder):
+    # Not causal: a change of the last word reaches the first position.
+    tokens = torch.tensor([[1, 10, 11, 12, 2], [1, 10, 11, 13, 2]])
+    first, second = encoder(tokens, torch.ones_like(tokens, dtype=torch.bool))
+    assert (first[0] - second[0]).abs().max() > 1e-3
+
+
+def test_bad_tokens_raise(encoder):
+    for tokens in ([[1] * 33], [[1, 512]], [[-1, 2]]):
+        tokens = torch.tensor(tokens)
+        with pytest.raises(ValueError):
+            encoder(tokens, torch.ones_like(tokens, dtype=torch.bool))
+    tokens = torch.tensor([[511] * 32])
+    assert encoder(tokens, torch.ones_like(tokens, dtype=torch.bool)).shape == (1, 32, 32)
+    with pytest.raises(ValueError, match="multiple"):
+        TextEncoder(TextEncoderConfig(width=10, heads=4))
+
+
+def test_attention_equals_the_fused_one():
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 2, 4, 7, 8)
+    mask = torch.arange(7) < torch.tensor([[7], [3]])
+    expected = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None, None, :])
+    torch.testing.assert_close(masked_attention(q, k, v, mask), expected, rtol=0, atol=1e-6)
+
+
+def test_gradients_reach_every_parameter(tokenizer, encoder):
+    tokens, mask = tokenizer.batch(["a red circle", "a blue star moves left, then down"], 32)
+    context = encoder(tokens, mask)
+    (context * torch.randn_like(context)).sum().backward()
+    for name, parameter in encoder.named_parameters():
+        rows = parameter.grad.reshape(len(parameter), -1).abs().sum(dim=1)
+        if name == "token_embedding.weight":
+            used = torch.zeros(len(rows), dtype=torch.bool)
+            used[tokens[mask]] = True         # PAD is not among them: padding learns nothing
+        elif name == "position_embedding.weight":
+            used = torch.arange(len(rows)) < tokens.shape[1]
+        else:
+            used = torch.ones(len(rows), dtype=torch.bool)
+        assert (rows[used] > 0).all() and (rows[~used] == 0).all(), name
+
+
+def test_initialisation():
+    config = TextEncoderConfig()
+    encoder = TextEncoder(config)
+    for name, parameter in encoder.named_parameters():
+        if name.endswith("bias"):
+            assert (parameter == 0).all(), name
+        elif parameter.ndim == 2:
+            residual = "attention.out" in name or "mlp.2" in name
+            std = 0.02 / (2 * config.depth) ** 0.5 if residual else 0.02
+            assert parameter.std().item() == pytest.approx(std, rel=0.05), name
+
+
+def test_bf16_autocast(tokenizer, encoder):
+    tokens, mask = tokenizer.batch(["a red circle", "a blue star moves left, then down"], 32)
+    exact = encoder(tokens, mask)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        context = encoder(tokens, mask)
+    context.float().sum().backward()
+    assert (context[~mask] == 0).all()
+    torch.testing.assert_close(context.float(), exact, rtol=0, atol=0.05)
+    half = encoder.bfloat16()(tokens, mask)   # and with bf16 weights, without autocast
+    assert half.dtype == torch.bfloat16 and half.isfinite().all()
+
+
+def encode(tokenizer, encoder, texts):
+    tokens, mask = tokenizer.batch(texts, encoder.config.context_length)
+    with torch.no_grad():
+        return encoder(tokens, mask), mask

@@ -1,0 +1,275 @@
+"""Text: a sentence becomes tokens, and tokens become the context that the UNet cross-attends to.
+
+`Tokenizer` is byte-level BPE: pair merging as in Sennrich 2016 (arXiv:1508.07909), over bytes as
+in Radford 2019 (GPT-2), so no string is ever out of vocabulary. `TextEncoder` is a pre-norm
+transformer (Xiong 2020, arXiv:2002.04745), trained from scratch together with the UNet as in
+Rombach 2022 (arXiv:2112.10752) section 3.3. There is no causal mask: the sentence is known whole.
+
+    tokenizer = Tokenizer.train(captions)
+    tokens, mask = tokenizer.batch(["a red circle moves right, then up", ""], context_length=64)
+    context = TextEncoder()(tokens, mask)                    # (2, l, 128); "" is the null caption
+
+Glossary: `b` batch, `l` text tokens, `d` feature width.
+"""
+
+import math
+import re
+from collections import Counter, defaultdict
+from dataclasses import dataclass
+
+import torch
+from einops import rearrange
+from torch import nn
+
+# Token ids: three specials, then the 256 bytes, then one id per merge in the order learned.
+PAD, START, END = 0, 1, 2
+FIRST_BYTE = 3
+FIRST_MERGE = FIRST_BYTE + 256
+
+# A word or a run of punctuation carries its leading space. The four cases cover every character,
+# so joining the pieces gives the text back.
+PIECE = re.compile(r" ?\w+| ?[^\w\s]+|\s+(?!\S)|\s")
+# What a person calls a word: letters and digits only (`\w` without the underscore).
+WORD = re.compile(r"[^\W_]+")
+
+
+def normalize(text):
+    """Lower case and single spaces: "A  Red circle " is the sentence that the model has learned."""
+    return " ".join(text.lower().split())
+
+
+def merge_pair(ids, pair, new_id):
+    """Replace each occurrence of `pair` in the list `ids` by `new_id`, from left to right."""
+    merged, i = [], 0
+    while i < len(ids):
+        if tuple(ids[i:i + 2]) == pair:
+            merged.append(new_id)
+            i += 2
+        else:
+            merged.append(ids[i])
+            i += 1
+    return merged
+
+
+def byte_ids(piece):
+    """The token ids of a string's UTF-8 bytes. A lone surrogate (not valid Unicode) becomes "?"."""
+    return [FIRST_BYTE + byte for byte in piece.encode("utf-8", errors="replace")]
+
+
+class Tokenizer:
+    """Byte-level BPE; case and white space are kept, so every Unicode string round-trips.
+
+    merges: (id, id) pairs in the order learned; merge number i makes token id 259 + i.
+    words: the words of the training texts, known to `unknown_words`; any case.
+    Raises ValueError if a merge uses an id that does not exist before it.
+    """
+
+    def __init__(self, merges, words=()):
+        self.merges = [tuple(pair) for pair in merges]
+        self.words = frozenset(word.lower() for word in words)
+        self.ranks = {pair: rank for rank, pair in enumerate(self.merges)}
+        # token_bytes[id]: the bytes that a token stands for, none for the specials.
+        self.token_bytes = [b""] * FIRST_BYTE + [bytes([byte]) for byte in range(256)]
+        for a, b in self.merges:
+            if not (FIRST_BYTE <= min(a, b) and max(a, b) < len(self.token_bytes)):
+                raise ValueError(f"merge ({a}, {b}) uses a token id that does not exist before it")
+            self.token_bytes.append(self.token_bytes[a] + self.token_bytes[b])
+        self.cache = {}                      # piece -> ids; captions repeat a small set of words
+
+    @property
+    def vocab_size(self):
+        return len(self.token_bytes)
+
+    @classmethod
+    def train(cls, texts, vocab_size=512):
+        """Learn merges from an iterable of strings (Sennrich 2016, algorithm 1).
+
+        Repeatedly merges the most frequent adjacent pair, until the vocabulary has `vocab_size`
+        tokens (at least 259, else ValueError) or no pair occurs twice.
+        """
+        if vocab_size < FIRST_MERGE:
+            raise ValueError(f"vocab_size is {vocab_size}, but the bytes alone need {FIRST_MERGE}")
+        counts, words = Counter(), set()
+        for text in map(normalize, texts):
+            counts.update(PIECE.findall(text))
+            words.update(WORD.findall(text))
+
+        # Each distinct piece is kept once with its count, and `where` says which pieces hold a
+        # pair: a merge then touches those pieces only, whatever the number of captions.
+        pieces = [(byte_ids(piece), count) for piece, count in counts.items()]
+        pair_counts, where = Counter(), defaultdict(set)
+        for i, (ids, count) in enumerate(pieces):
+            for pair in zip(ids, ids[1:]):
+                pair_counts[pair] += count
+                where[pair].add(i)
+
+        merges = []
+        while pair_counts and FIRST_MERGE + len(merges) < vocab_size:
+            # Ties go to the smallest ids, so the order of the texts never matters.
+            best = max(pair_counts, key=lambda p: (pair_counts[p], -p[0], -p[1]))
+            if pair_counts[best] < 2:
+                break
+            for i in where.pop(best):
+                ids, count = pieces[i]
+                merged = merge_pair(ids, best, FIRST_MERGE + len(merges))
+                for pair in zip(ids, ids[1:]):
+                    pair_counts[pair] -= count
+                for pair in zip(merged, merged[1:]):
+                    pair_counts[pair] += count
+                    where[pair].add(i)
+                pieces[i] = (merged, count)
+            merges.append(best)
+        return cls(merges, words)
+
+    def encode_piece(self, piece):
+        """Apply the merges to one piece, the earliest learned first, as training did."""
+        if piece not in self.cache:
+            ids = byte_ids(piece)
+            while len(ids) > 1:
+                pair = min(zip(ids, ids[1:]), key=lambda p: self.ranks.get(p, math.inf))
+                if pair not in self.ranks:
+                    break
+                ids = merge_pair(ids, pair, FIRST_MERGE + self.ranks[pair])
+            self.cache[piece] = ids
+        return self.cache[piece]
+
+    def encode(self, text):
+        """Token ids of any string, from start to end: "" gives [1, 2]."""
+        ids = [i for piece in PIECE.findall(text) for i in self.encode_piece(piece)]
+        return [START, *ids, END]
+
+    def decode(self, ids):
+        """The string of a sequence of token ids; specials vanish, broken UTF-8 becomes U+FFFD."""
+        return b"".join(self.token_bytes[i] for i in ids).decode("utf-8", errors="replace")
+
+    def unknown_words(self, text):
+        """Words of `text`, lower-cased, absent from the training texts; each once, in order."""
+        words = dict.fromkeys(WORD.findall(text.lower()))
+        return [word for word in words if word not in self.words]
+
+    def batch(self, texts, context_length, device=None):
+        """Encode a list of strings, normalized, padded to the longest of them.
+
+        Returns tokens (b, l) int64 and mask (b, l) bool, True at real tokens; l <= context_length.
+        Raises ValueError if a text needs more than `context_length` tokens: cutting it silently
+        would draw another sentence than the user's.
+        """
+        rows = [self.encode(normalize(text)) for text in texts]
+        longest = max(len(row) for row in rows)
+        if longest > context_length:
+            raise ValueError(f"the text is {longest} tokens long and the limit is "
+                             f"{context_length}: shorten the prompt")
+        rows = [row + [PAD] * (longest - len(row)) for row in rows]
+        tokens = torch.tensor(rows, dtype=torch.int64, device=device)
+        return tokens, tokens != PAD         # `encode` never emits PAD
+
+    def state_dict(self):
+        """Plain lists only, so that a checkpoint loads with `weights_only=True`."""
+        return {"merges": [list(pair) for pair in self.merges], "words": sorted(self.words)}
+
+    @classmethod
+    def from_state_dict(cls, state):
+        return cls(state["merges"], state["words"])
+
+
+# Attention(Q, K, V) = softmax(Q K^T / sqrt(d)) V                        Vaswani 2017, eq. 1
+def masked_attention(q, k, v, mask):
+    """q, k, v (b, heads, l, d / heads); mask (b, l) bool, False at keys nobody may look at."""
+    scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])
+    # The softmax runs in float32 even under bf16 autocast. The fill is finite: -inf would turn a
+    # row without any real token into NaN, and exp() of either is exactly zero.
+    scores = scores.float()
+    scores = scores.masked_fill(~mask[:, None, None, :], torch.finfo(scores.dtype).min)
+    return scores.softmax(dim=-1).to(v.dtype) @ v
+
+
+class SelfAttention(nn.Module):
+    """Multi-head self-attention over the tokens of a sentence (Vaswani 2017, section 3.2.2)."""
+
+    def __init__(self, width, heads):
+        super().__init__()
+        self.heads = heads
+        # No bias: one on the keys shifts all scores of a row alike, which the softmax cancels.
+        self.qkv = nn.Linear(width, 3 * width, bias=False)
+        self.out = nn.Linear(width, width)
+
+    def forward(self, x, mask):
+        q, k, v = rearrange(self.qkv(x), "b l (n h d) -> n b h l d", n=3, h=self.heads)
+        return self.out(rearrange(masked_attention(q, k, v, mask), "b h l d -> b l (h d)"))
+
+
+# x <- x + Attention(LN(x));  x <- x + MLP(LN(x))                        Xiong 2020, table 1
+class TextBlock(nn.Module):
+    """Pre-norm transformer block: the residual path is never normalised, so no warm-up needed."""
+
+    def __init__(self, width, heads):
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.attention = SelfAttention(width, heads)
+        self.mlp = nn.Sequential(
+            nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+
+    def forward(self, x, mask):
+        x = x + self.attention(self.norm1(x), mask)
+        return x + self.mlp(self.norm2(x))
+
+
+@dataclass(frozen=True)
+class TextEncoderConfig:
+    """`vocab_size` may exceed the tokenizer's; `width` is a multiple of `heads`."""
+
+    vocab_size: int = 512
+    context_length: int = 64                 # tokens, start and end included
+    width: int = 128
+    depth: int = 3
+    heads: int = 4
+
+
+class TextEncoder(nn.Module):
+    """Transformer encoder over the tokens of a caption (Rombach 2022, section 3.3: tau_theta)."""
+
+    def __init__(self, config=TextEncoderConfig()):
+        super().__init__()
+        if config.width % config.heads:
+            raise ValueError(f"width {config.width} is not a multiple of heads {config.heads}")
+        self.config = config
+        self.token_embedding = nn.Embedding(config.vocab_size, config.width)
+        # Attention alone sees a bag of words: the position tells "right, then up" from its reverse.
+        self.position_embedding = nn.Embedding(config.context_length, config.width)
+        self.blocks = nn.ModuleList(
+            TextBlock(config.width, config.heads) for _ in range(config.depth))
+        self.norm = nn.LayerNorm(config.width)
+        self.init_weights()
+
+    def init_weights(self):
+        """Normal(0, 0.02); the outputs that add to the residual path are smaller by
+        1 / sqrt(2 depth), so that its variance does not grow with depth (Radford 2019, sec. 2.3).
+        """
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, nn.Embedding)):
+                nn.init.normal_(module.weight, std=0.02)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                nn.init.zeros_(module.bias)
+        for block in self.blocks:
+            for linear in (block.attention.out, block.mlp[-1]):
+                nn.init.normal_(linear.weight, std=0.02 / math.sqrt(2 * self.config.depth))
+
+    def forward(self, tokens, mask):
+        """tokens (b, l) int64, mask (b, l) bool, True at real tokens -> context (b, l, d).
+
+        The context is exactly zero at padding. Raises ValueError if l exceeds the config's
+        context_length or a token id is outside [0, vocab_size).
+        """
+        length, vocab_size = tokens.shape[1], self.config.vocab_size
+        if length > self.config.context_length:
+            raise ValueError(f"the text is {length} tokens long and the limit is "
+                             f"{self.config.context_length}: shorten the prompt")
+        # On a GPU a bad index would be an assert without a line number, and end the process.
+        if tokens.min() < 0 or tokens.max() >= vocab_size:
+            raise ValueError(f"a token id is outside [0, {vocab_size}): was the text encoded by "
+                             "the tokenizer of this checkpoint?")
+        positions = torch.arange(length, device=tokens.device)
+        x = self.token_embedding(tokens) + self.position_embedding(positions)    # (b, l, d)
+        for block in self.blocks:
+            x = block(x, mask)
+        return self.norm(x) * mask.unsqueeze(-1)

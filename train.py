@@ -1,0 +1,530 @@
+"""Train the two halves of the text-to-video model, one after the other.
+
+    python train.py vae       --data shapes --out runs/shapes    # frames <-> latents
+    python train.py diffusion --data shapes --out runs/shapes    # words -> latents, over time
+
+A run folder holds `config.json`, `log.jsonl` (one JSON object per logged step), `vae.pt`, `last.pt` (the
+whole training state, for --resume), `model.pt` (self-contained: what sample.py takes) and `samples/`.
+
+Every random draw of step n comes from a generator seeded by (seed, n). So a resumed run sees the very
+batches, noise and masks that an uninterrupted one would have seen, and no random state needs saving.
+"""
+
+import argparse
+import copy
+import hashlib
+import json
+import math
+import sys
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from einops import rearrange
+from tqdm import tqdm
+
+from data import FRAMES, MovingShapes, atomic_path, contact_sheet, to_model, to_uint8, write_video
+from diffusion import DiffusionConfig, NoiseSchedule, diffusion_loss
+from sample import Pipeline, UserError, autocast, load_checkpoint, load_pipeline, number
+from sample import pack, pick_device, run_command, unpack
+from text_encoder import TextEncoder, TextEncoderConfig, Tokenizer
+from unet3d import UNet3D, UNet3DConfig
+from vae import AutoencoderKL, VAEConfig, VAELoss, VAELossConfig
+
+# ------------------------------------------------------------------------------ configuration
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """One stage's training. lr rises over `warmup` steps, stays, and falls over the last `decay`."""
+
+    steps: int
+    batch_size: int  # frames for the VAE, clips for the diffusion model
+    lr: float
+    warmup: int = 100
+    decay: float = 0.4  # fraction of the steps
+    weight_decay: float = 0.01
+    grad_clip: float = 1.0
+    ema: float = 0.999  # decay of the averaged weights that are sampled from
+    videos: int = 10_000  # size of the procedural data set
+    caption_dropout: float = 0.1  # share of captions replaced by "": trains the null for guidance
+    text_only: float = 0.5  # share of clips in which no frame is given clean
+    log_every: int = 50
+    save_every: int = 500  # checkpoint and sample pictures
+
+
+@dataclass(frozen=True)
+class Preset:
+    """Everything that differs between data sets; one name on the command line."""
+
+    size: int  # side of a frame in pixels
+    vae: VAEConfig
+    vae_loss: VAELossConfig
+    vae_training: TrainConfig
+    text: TextEncoderConfig
+    unet: UNet3DConfig
+    diffusion: DiffusionConfig
+    diffusion_training: TrainConfig
+
+
+PRESETS = {
+    "shapes": Preset(
+        size=64,
+        vae=VAEConfig(widths=(32, 64, 128)),
+        vae_loss=VAELossConfig(),
+        vae_training=TrainConfig(steps=2500, batch_size=32, lr=1e-3),
+        text=TextEncoderConfig(),
+        unet=UNet3DConfig(),
+        diffusion=DiffusionConfig(shift=2.0),
+        diffusion_training=TrainConfig(steps=10_000, batch_size=16, lr=1e-3),
+    ),
+}
+PROMPTS = (  # drawn into samples/ while training
+    "a red circle moves right, then up",
+    "a small blue star grows, then spins",
+    "a green square moves left while a white ring moves down",
+    "a yellow triangle spins, then moves down",
+)
+
+
+def learning_rate(step, config):
+    """Linear warm-up, constant, then a linear fall to zero over the last `decay` of the steps."""
+    rise = (step + 1) / config.warmup if config.warmup else 1
+    fall = (config.steps - step) / (config.decay * config.steps) if config.decay else 1
+    return config.lr * min(1, rise, fall)
+
+
+# ------------------------------------------------------------------------------ a run
+
+
+class Run:
+    """What both stages share: optimizer step, log, progress bar, checkpoints, resume.
+
+    stage: "vae" or "diffusion"; models: dict of the modules to save, of which `update` trains the first.
+    """
+
+    def __init__(self, args, stage, config, models):
+        self.out, self.stage, self.config, self.models = Path(args.out), stage, config, models
+        self.resume = args.resume
+        # What must be the same when a run goes on; the rest (steps, learning rate) may change.
+        self.settings = {"preset": args.preset, "data": args.data, "seed": args.seed}
+        self.parameters = list(models[next(iter(models))].parameters())
+        # Gains and biases are left out of weight decay: pulling a norm's gain to 0 is no prior.
+        groups = [
+            {"params": [p for p in self.parameters if p.ndim > 1]},
+            {"params": [p for p in self.parameters if p.ndim <= 1], "weight_decay": 0.0},
+        ]
+        self.optimizer = torch.optim.AdamW(
+            groups, lr=config.lr, betas=(0.9, 0.99), weight_decay=config.weight_decay
+        )
+        self.optimizers = {"optimizer": self.optimizer}
+        self.start = 0
+
+    def prepare(self):
+        """Resume from last.pt, or make sure that nothing of an earlier run is overwritten."""
+        last = self.out / "last.pt"
+        if self.resume:
+            state = load_checkpoint(last, "stage", "settings", "step", "models", "optimizers")
+            if state["stage"] != self.stage:
+                raise UserError(f"{last} is of the {state['stage']} stage: leave out --resume")
+            for name, value in state["settings"].items():
+                if value != self.settings[name]:
+                    raise UserError(f"{last} was started with --{name} {value}: resume with the same")
+            for name, model in self.models.items():
+                model.load_state_dict(state["models"][name])
+            for name, optimizer in self.optimizers.items():
+                optimizer.load_state_dict(state["optimizers"][name])
+            self.start = state["step"]
+        elif last.is_file() and load_checkpoint(last, "stage")["stage"] == self.stage:
+            raise UserError(f"{last} is a {self.stage} run: add --resume, or choose another --out")
+        try:
+            (self.out / "samples").mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"cannot write to {self.out}: {error.strerror}") from error
+        self._rewind_log()
+
+    def _rewind_log(self):
+        """Drop log lines of this stage from after the checkpoint: those steps come again."""
+        path = self.out / "log.jsonl"
+        lines = [json.loads(line) for line in path.open()] if path.is_file() else []
+        lines = [r for r in lines if r["stage"] != self.stage or r["step"] <= self.start]
+        with atomic_path(path) as temporary:
+            temporary.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+    def steps(self):
+        """The remaining step numbers, behind a progress bar; sets the learning rate of each."""
+        steps = range(self.start, self.config.steps)
+        self.bar = tqdm(
+            steps, initial=self.start, total=self.config.steps, desc=self.stage,
+            mininterval=progress_interval(),
+        )
+        self.clock, self.clock_step = time.time(), self.start
+        for step in self.bar:
+            for optimizer in self.optimizers.values():
+                for group in optimizer.param_groups:
+                    group["lr"] = learning_rate(step, self.config)
+            yield step
+
+    def update(self, loss):
+        """Backward, clip, step. Returns the gradient's norm. Raises UserError if not finite."""
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.config.grad_clip).item()
+        if not math.isfinite(norm) or not math.isfinite(loss.item()):
+            raise UserError(
+                f"the loss is not finite at step {self.bar.n}; {self.out / 'last.pt'} is from before. "
+                "Try --resume with a lower --lr"
+            )
+        self.optimizer.step()
+        return norm
+
+    def log(self, step, grad_norm, **values):
+        """Every `log_every` steps: one aligned line on stderr, one JSON object in log.jsonl."""
+        done = step + 1
+        if done % self.config.log_every and done != self.config.steps:
+            return
+        seconds = time.time() - self.clock
+        speed = (done - self.clock_step) * self.config.batch_size / seconds
+        self.clock, self.clock_step = time.time(), done
+        lr = self.optimizer.param_groups[0]["lr"]
+        eta = (self.config.steps - done) * self.config.batch_size / speed / 60
+        text = "  ".join(f"{name} {value:8.4f}" for name, value in values.items())
+        tqdm.write(
+            f"step {done:6d}  {text}  lr {lr:.1e}  grad {grad_norm:7.3f}  "
+            f"{speed:6.1f}/s  {memory_gib():4.1f} GiB  {eta:5.1f} min left",
+            file=sys.stderr,
+        )
+        record = {"stage": self.stage, "step": done, **values, "lr": lr, "grad_norm": grad_norm}
+        with (self.out / "log.jsonl").open("a") as file:
+            file.write(json.dumps({**record, "per_second": round(speed, 2)}) + "\n")
+
+    def due(self, step):
+        """Is it time for a checkpoint and sample pictures after this step?"""
+        return (step + 1) % self.config.save_every == 0 or step + 1 == self.config.steps
+
+    def save(self, step):
+        """Write the whole training state to last.pt."""
+        state = {
+            "stage": self.stage,
+            "settings": self.settings,
+            "step": step + 1,
+            "models": {name: model.state_dict() for name, model in self.models.items()},
+            "optimizers": {name: o.state_dict() for name, o in self.optimizers.items()},
+        }
+        save_atomically(state, self.out / "last.pt")
+
+
+def progress_interval():
+    """Seconds between updates of a progress bar: few when stderr is a file."""
+    return 0.5 if sys.stderr.isatty() else 60
+
+
+def save_atomically(checkpoint, path):
+    """torch.save that leaves the old file or the new one, never half of one."""
+    with atomic_path(path) as temporary:
+        torch.save(checkpoint, temporary)
+
+
+def memory_gib():
+    """Peak memory so far: of the GPU where there is one, else of this process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    import resource  # not on Windows, where the log shows 0
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def generator(seed, step, device="cpu"):
+    """The source of all torch randomness of one step."""
+    return torch.Generator(device).manual_seed(seed * 1_000_003 + step)
+
+
+# ------------------------------------------------------------------------------ stage 1: VAE
+
+
+def draw_frames(dataset, rng, count, per_video=2):
+    """`count` random frames: (count, 3, h, w) in [-1, 1]."""
+    frames = []
+    for index in rng.integers(len(dataset), size=-(-count // per_video)):
+        video = dataset[index].video
+        frames.append(video[rng.choice(len(video), size=per_video)])
+    return to_model(np.concatenate(frames)[None, :count])[0].transpose(0, 1)
+
+
+def psnr(x, x_hat):
+    """Peak signal-to-noise ratio in dB of values in [-1, 1] (peak to peak 2)."""
+    mse = (x.clamp(-1, 1) - x_hat.float().clamp(-1, 1)).square().mean()
+    return (10 * torch.log10(4 / mse)).item()
+
+
+@torch.no_grad()
+def reconstruct(vae, frames, device):
+    """Frames (b, 3, h, w) through the autoencoder and back, without sampling noise."""
+    with autocast(device):
+        return torch.cat([vae.decode(vae.encode(x.to(device)).mean) for x in frames.split(64)])
+
+
+def train_vae(args, preset, device):
+    """Stage 1: train the autoencoder; writes vae.pt."""
+    config = preset.vae_training
+    torch.manual_seed(args.seed)  # of the initial weights
+    dataset = MovingShapes(config.videos, seed=args.seed, size=preset.size)
+    held_out = MovingShapes(128, "heldout", seed=args.seed, size=preset.size)
+    test = draw_frames(held_out, np.random.default_rng(0), 256)
+    if args.init:
+        vae = unpack(AutoencoderKL, VAEConfig, load_checkpoint(args.init, "vae")["vae"])
+    else:
+        vae = AutoencoderKL(preset.vae)
+    vae = vae.to(device).train()
+    losses = VAELoss(preset.vae_loss).to(device)
+    run = Run(args, "vae", config, {"vae": vae})
+    run.prepare()
+
+    for step in run.steps():
+        rng = np.random.default_rng((args.seed, step))
+        x = draw_frames(dataset, rng, config.batch_size).to(device)
+        with autocast(device):
+            posterior = vae.encode(x)
+            eps = torch.randn(posterior.mean.shape, generator=generator(args.seed, step))
+            x_hat = vae.decode(posterior.sample(eps.to(device)))
+            loss, terms = losses.generator_loss(x, x_hat, posterior, vae.last_layer, step)
+        grad_norm = run.update(loss)
+        run.log(step, grad_norm, loss=loss.item(), **terms, psnr=psnr(x, x_hat))
+
+        if run.due(step):
+            run.save(step)
+            x_hat = reconstruct(vae, test, device).cpu()
+            tqdm.write(f"held-out frames: {psnr(test, x_hat):.2f} dB", file=sys.stderr)
+            pairs = torch.cat([test[:8], x_hat[:8]]).transpose(0, 1)[None]
+            sheet = contact_sheet(to_uint8(pairs)[0], columns=8)
+            write_video(run.out / f"samples/vae_{step + 1:06d}.png", sheet[None])
+    measure_latents(vae, dataset, device)
+    save_atomically({"vae": pack(vae)}, run.out / "vae.pt")
+    print(f"{run.out / 'vae.pt'} is done; next: python train.py diffusion --data {args.data}"
+          f" --out {args.out}")
+
+
+@torch.no_grad()
+def measure_latents(vae, dataset, device, videos=256):
+    """Store the mean and standard deviation of the training set's latents in the VAE."""
+    vae.eval()
+    videos = [to_model(dataset[i].video[None]) for i in range(min(videos, len(dataset)))]
+    with autocast(device):
+        z = [vae.encode(v[0].transpose(0, 1).to(device)).mean.cpu() for v in videos]
+    vae.set_latent_statistics(rearrange(torch.stack(z), "b f c h w -> b c f h w"))
+
+
+# ------------------------------------------------------------------------------ stage 2: diffusion
+
+
+class EMA:
+    """Exponential moving average of a model's weights, which samples better than the last weights.
+
+    The average starts quickly and slows down to `decay`, so that it soon forgets the initialisation.
+    """
+
+    def __init__(self, model, decay):
+        self.model = copy.deepcopy(model).eval().requires_grad_(False)
+        self.decay = decay
+
+    @torch.no_grad()
+    def update(self, model, step):
+        decay = min(self.decay, (1 + step) / (10 + step))
+        averages, values = list(self.model.parameters()), list(model.parameters())
+        torch._foreach_lerp_(averages, values, 1 - decay)
+
+
+@torch.no_grad()
+def encode_dataset(vae, dataset, device, cache):
+    """Captions, frame rates (n,) and latents float16 (n, c, f, h, w) of every clip, encoded once.
+
+    Kept in the file `cache` under a key of everything that they depend on, so that --resume starts at once
+    and another VAE never meets stale latents.
+    """
+    weights = b"".join(v.numpy(force=True).tobytes() for v in vae.state_dict().values())
+    key = f"{hashlib.sha256(weights).hexdigest()} {vars(dataset)}"
+    if cache.is_file():
+        stored = load_checkpoint(cache, "key", "captions", "fps", "latents")
+        if stored["key"] == key:
+            return stored["captions"], stored["fps"], stored["latents"]
+    captions, fps, latents = [], [], []
+    for i in tqdm(range(len(dataset)), desc="encoding", mininterval=progress_interval()):
+        sample = dataset[i]
+        captions.append(sample.caption)
+        fps.append(sample.fps)
+        with autocast(device):
+            latents.append(vae.encode_video(to_model(sample.video[None]).to(device)).half().cpu())
+    fps, latents = torch.tensor(fps), torch.cat(latents)
+    save_atomically({"key": key, "captions": captions, "fps": fps, "latents": latents}, cache)
+    return captions, fps, latents
+
+
+def draw_given_frames(rng, batch, frames, text_only):
+    """Which frames the model is given clean: bool (batch, frames), at least one is left to draw.
+
+    A share `text_only` gets none; the rest is divided evenly between the first frame (image to video),
+    the first few (continuation), the last few, both ends (interpolation), and random frames.
+    """
+    mask = np.zeros((batch, frames), bool)
+    for row in mask:
+        if frames == 1 or rng.random() < text_only:
+            continue
+        task = rng.choice(["first", "first few", "last few", "ends", "random"])
+        count = rng.integers(1, max(frames // 2, 1) + 1)
+        if task in ("first", "ends"):
+            row[0] = True
+        if task == "first few":
+            row[:count] = True
+        if task == "last few":
+            row[-count:] = True
+        if task == "ends" and frames > 2:
+            row[-1] = True
+        if task == "random":
+            row[rng.choice(frames, size=count, replace=False)] = True
+    return torch.from_numpy(mask)
+
+
+def build_models(args, preset):
+    """(tokenizer or None, text encoder, unet, vae), new or from --init. The VAE is a trained one."""
+    vae_path = Path(args.init or Path(args.out) / "vae.pt")
+    if not vae_path.is_file() and not args.init:
+        raise UserError(f"no {vae_path}: train it first with `python train.py vae --data {args.data} "
+                        f"--out {args.out}`, or name a trained one with --init")
+    checkpoint = load_checkpoint(vae_path, "vae")
+    vae = unpack(AutoencoderKL, VAEConfig, checkpoint["vae"])
+    if "unet" in checkpoint:
+        whole = load_pipeline(vae_path)
+        return whole.tokenizer, whole.text_encoder, whole.unet, vae
+    return None, TextEncoder(preset.text), UNet3D(preset.unet), vae
+
+
+def train_diffusion(args, preset, device):
+    """Stage 2: train text encoder and UNet on the VAE's latents; writes model.pt."""
+    config = preset.diffusion_training
+    torch.manual_seed(args.seed)  # of the initial weights
+    tokenizer, text_encoder, unet, vae = build_models(args, preset)
+    model = torch.nn.ModuleDict({"text_encoder": text_encoder, "unet": unet}).to(device).train()
+    ema = EMA(model, config.ema)
+    run = Run(args, "diffusion", config, {"model": model, "ema": ema.model})
+    run.prepare()
+
+    dataset = MovingShapes(config.videos, seed=args.seed, size=preset.size)
+    cache = run.out / "latents.pt"
+    captions, fps, latents = encode_dataset(vae.to(device), dataset, device, cache)
+    tokenizer = tokenizer or Tokenizer.train(captions, preset.text.vocab_size)
+    length = text_encoder.config.context_length
+    tokens, mask = tokenizer.batch(captions + [""], length, device)  # the last row is the null caption
+    schedule = NoiseSchedule(preset.diffusion).to(device)
+    pipeline = Pipeline(
+        tokenizer, ema.model["text_encoder"], ema.model["unet"], vae, schedule, device
+    )
+
+    for step in run.steps():
+        # Data: clips, captions (some replaced by the null one), given frames, timesteps, noise.
+        rng, source = np.random.default_rng((args.seed, step)), generator(args.seed, step)
+        index = rng.integers(len(latents), size=config.batch_size)
+        x_start = latents[index].float().to(device)
+        dropped = rng.random(config.batch_size) < config.caption_dropout
+        rows = torch.from_numpy(np.where(dropped, len(captions), index)).to(device)
+        given = draw_given_frames(rng, len(index), x_start.shape[2], config.text_only).to(device)
+        noise = torch.randn(x_start.shape, generator=source).to(device)
+        # One timestep from each of `batch_size` equal intervals: less noise in the gradient (Kingma
+        # 2021, appendix I.1).
+        u = (torch.rand(1, generator=source) + torch.arange(len(index)) / len(index)) % 1
+        t = (u * preset.diffusion.timesteps).long().to(device)
+
+        # Forward
+        with autocast(device):
+            longest = int(mask[rows].sum(1).max())
+            words, words_mask = tokens[rows, :longest], mask[rows, :longest]
+            context = model["text_encoder"](words, words_mask)
+
+            def denoise(x_t, t):
+                rates = fps[index].to(device)
+                return model["unet"](x_t, t, context, words_mask, rates, x_start, given)
+
+            loss = diffusion_loss(denoise, schedule, x_start, t, noise, keep=~given)
+
+        # Backward, step, average, log
+        grad_norm = run.update(loss)
+        ema.update(model, step)
+        run.log(step, grad_norm, loss=loss.item())
+        if run.due(step):
+            run.save(step)
+            save_pipeline(pipeline, run.out / "model.pt")
+            draw_samples(pipeline, run.out / f"samples/step_{step + 1:06d}.gif")
+    print(f'python sample.py "{PROMPTS[0]}" --checkpoint {run.out / "model.pt"}')
+
+
+def save_pipeline(pipeline, path):
+    """model.pt: weights in half precision, which halves the file and changes nothing that one sees."""
+    checkpoint = pipeline.pack()
+    for part in checkpoint.values():
+        if "state" in part:
+            part["state"] = {k: v.half() for k, v in part["state"].items()}
+    save_atomically(checkpoint, path)
+
+
+def draw_samples(pipeline, path):
+    """The fixed prompts with fixed seeds, side by side."""
+    videos = pipeline.generate(list(PROMPTS))
+    write_video(path, rearrange(videos, "b f h w c -> f h (b w) c"), upscale=2)
+
+
+# ------------------------------------------------------------------------------ command line
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("stage", choices=["vae", "diffusion"], help="which half to train")
+    parser.add_argument("--data", default="shapes", help="shapes: the built-in captioned clips")
+    parser.add_argument("--out", required=True, help="the run folder, for example runs/shapes")
+    parser.add_argument(
+        "--preset", default="shapes", choices=PRESETS, help="model sizes and settings (%(default)s)"
+    )
+    parser.add_argument(
+        "--init", metavar="CHECKPOINT",
+        help="start from trained weights: a vae.pt, or a model.pt to fine-tune",
+    )
+    parser.add_argument(
+        "--resume", action="store_true", help="go on where the run in --out stopped"
+    )
+    group = parser.add_argument_group("instead of the preset's values")
+    group.add_argument("--steps", type=number(int, 1, 10**9), help="training steps in total")
+    group.add_argument("--batch-size", type=number(int, 1, 10**6))
+    group.add_argument("--lr", type=number(float, 0, 1), help="peak learning rate")
+    group.add_argument("--videos", type=number(int, 1, 10**9), help="size of the procedural data")
+    parser.add_argument("--seed", type=number(int, 0, 2**31), default=0, help="(%(default)s)")
+    parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
+    return parser.parse_args(argv)
+
+
+def configure(args):
+    """The preset with the command line's values in place of its own."""
+    preset = PRESETS[args.preset]
+    field = f"{args.stage}_training"
+    names = ("steps", "batch_size", "lr", "videos")
+    values = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    return replace(preset, **{field: replace(getattr(preset, field), **values)})
+
+
+def main():
+    args = parse_args()
+    if args.data != "shapes":
+        raise UserError(f"unknown --data {args.data}: the built-in data set is called shapes")
+    preset = configure(args)
+    stage = {"vae": train_vae, "diffusion": train_diffusion}[args.stage]
+    try:
+        stage(args, preset, pick_device(args.device))
+    except KeyboardInterrupt:
+        raise UserError(
+            f"stopped; to go on from the last checkpoint add --resume (in {args.out})"
+        ) from None
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,345 @@
+"""KL autoencoder: turns every frame of a video into a small latent image, and back.
+
+After Rombach et al. 2022 (latent diffusion) and Esser et al. 2021 (VQGAN: the adversarial loss). Frames are
+encoded one by one, so an image model's training recipe applies and any number of frames works; motion is
+left to the diffusion model.
+
+    python train.py vae --data shapes --out runs/shapes
+
+Letters used here: `b` batch, `c` channels, `f` frames, `h w` height and width. Frames are float
+(b, 3, h, w) in [-1, 1]; latents are (b, c, h / factor, w / factor).
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import nn
+
+
+@dataclass(frozen=True)
+class VAEConfig:
+    """factor (pixels per latent, along a side) = patch * 2 ** (len(widths) - 1)."""
+
+    latent_channels: int = 4
+    patch: int = 2  # pixels folded into channels at the entrance: free, and halves every later side
+    widths: tuple = (64, 96, 128)
+    blocks: int = 1  # ResNet blocks per resolution
+    groups: int = 16  # of GroupNorm
+
+    @property
+    def factor(self):
+        return self.patch * 2 ** (len(self.widths) - 1)
+
+
+# ------------------------------------------------------------------------------ blocks
+
+
+class ResBlock(nn.Module):
+    """x + conv(silu(norm(conv(silu(norm(x)))))), (b, c_in, h, w) -> (b, c_out, h, w)."""
+
+    def __init__(self, c_in, c_out, groups):
+        super().__init__()
+        self.norm1 = nn.GroupNorm(groups, c_in)
+        self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
+        self.norm2 = nn.GroupNorm(groups, c_out)
+        self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
+        self.skip = nn.Identity() if c_in == c_out else nn.Conv2d(c_in, c_out, 1)
+        nn.init.zeros_(self.conv2.weight)  # a block starts as its skip: depth costs no signal
+        nn.init.zeros_(self.conv2.bias)
+
+    def forward(self, x):
+        y = self.conv1(F.silu(self.norm1(x)))
+        y = self.conv2(F.silu(self.norm2(y)))
+        return self.skip(x) + y
+
+
+class Attention(nn.Module):
+    """One head of self-attention over all pixels, (b, c, h, w) -> same; Vaswani 2017, eq. 1."""
+
+    def __init__(self, channels, groups):
+        super().__init__()
+        self.norm = nn.GroupNorm(groups, channels)
+        self.qkv = nn.Conv2d(channels, 3 * channels, 1)
+        self.out = nn.Conv2d(channels, channels, 1)
+        nn.init.zeros_(self.out.weight)
+        nn.init.zeros_(self.out.bias)
+
+    def forward(self, x):
+        height = x.shape[2]
+        q, k, v = rearrange(self.qkv(self.norm(x)), "b (n c) h w -> n b (h w) c", n=3)
+        weights = (q @ k.transpose(1, 2) / math.sqrt(q.shape[-1])).softmax(-1)
+        y = rearrange(weights.to(v.dtype) @ v, "b (h w) c -> b c h w", h=height)
+        return x + self.out(y)
+
+
+class Upsample(nn.Module):
+    """Nearest neighbour, then a convolution: a transposed convolution would leave a checkerboard."""
+
+    def __init__(self, c_in, c_out):
+        super().__init__()
+        self.conv = nn.Conv2d(c_in, c_out, 3, padding=1)
+
+    def forward(self, x):
+        return self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))
+
+
+class Encoder(nn.Module):
+    """Frames (b, 3, h, w) -> mean and log-variance (b, 2 c, h / factor, w / factor)."""
+
+    def __init__(self, config):
+        super().__init__()
+        widths, groups = config.widths, config.groups
+        self.patch = config.patch
+        self.conv_in = nn.Conv2d(3 * config.patch**2, widths[0], 3, padding=1)
+        layers = []
+        for level, width in enumerate(widths):
+            layers += [ResBlock(width, width, groups) for _ in range(config.blocks)]
+            if level + 1 < len(widths):
+                layers.append(nn.Conv2d(width, widths[level + 1], 3, stride=2, padding=1))
+        self.down = nn.Sequential(*layers)
+        self.middle = middle(widths[-1], groups)
+        self.norm_out = nn.GroupNorm(groups, widths[-1])
+        self.conv_out = nn.Conv2d(widths[-1], 2 * config.latent_channels, 3, padding=1)
+
+    def forward(self, x):
+        x = self.conv_in(F.pixel_unshuffle(x, self.patch))
+        x = self.middle(self.down(x))
+        return self.conv_out(F.silu(self.norm_out(x)))
+
+
+class Decoder(nn.Module):
+    """Latents (b, c, h / factor, w / factor) -> frames (b, 3, h, w), unbounded: clip to [-1, 1]."""
+
+    def __init__(self, config):
+        super().__init__()
+        widths, groups = config.widths[::-1], config.groups
+        self.patch = config.patch
+        self.conv_in = nn.Conv2d(config.latent_channels, widths[0], 3, padding=1)
+        self.middle = middle(widths[0], groups)
+        layers = []
+        for level, width in enumerate(widths):
+            layers += [ResBlock(width, width, groups) for _ in range(config.blocks)]
+            if level + 1 < len(widths):
+                layers.append(Upsample(width, widths[level + 1]))
+        self.up = nn.Sequential(*layers)
+        self.norm_out = nn.GroupNorm(groups, widths[-1])
+        self.conv_out = nn.Conv2d(widths[-1], 3 * config.patch**2, 3, padding=1)
+
+    def forward(self, z):
+        x = self.up(self.middle(self.conv_in(z)))
+        x = self.conv_out(F.silu(self.norm_out(x)))
+        return F.pixel_shuffle(x, self.patch)
+
+
+def middle(width, groups):
+    """The bottom of encoder and decoder: the only place where far-apart pixels see each other."""
+    return nn.Sequential(
+        ResBlock(width, width, groups), Attention(width, groups), ResBlock(width, width, groups)
+    )
+
+
+class DiagonalGaussian:
+    """q(z|x) = N(mean, exp(logvar)) per element; Kingma & Welling 2014."""
+
+    def __init__(self, moments):
+        """moments: (b, 2 c, h, w), mean and log-variance stacked along the channels."""
+        self.mean, logvar = moments.float().chunk(2, dim=1)
+        self.logvar = logvar.clamp(-30, 20)  # exp of it stays finite in float32
+
+    def sample(self, eps=None):
+        """mean + std * eps with eps ~ N(0, I): the reparametrisation trick, eq. 4."""
+        eps = torch.randn_like(self.mean) if eps is None else eps
+        return self.mean + (0.5 * self.logvar).exp() * eps
+
+    def kl(self):
+        """KL(q || N(0, I)) per element, (b, c, h, w); Kingma & Welling 2014, appendix B."""
+        return 0.5 * (self.mean**2 + self.logvar.exp() - 1 - self.logvar)
+
+
+# ------------------------------------------------------------------------------ the model
+
+
+class AutoencoderKL(nn.Module):
+    """Frames to latents and back. After `set_latent_statistics`, `encode_video` gives latents of zero
+    mean and unit variance per channel over the training set: the diffusion model's noise schedule
+    assumes unit variance, and a measured buffer beats a constant copied from another model."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.encoder = Encoder(config)
+        self.decoder = Decoder(config)
+        self.register_buffer("latent_mean", torch.zeros(config.latent_channels))
+        self.register_buffer("latent_std", torch.ones(config.latent_channels))
+        self.to(memory_format=torch.channels_last)  # 3x3 convolutions are about twice as fast
+
+    def encode(self, x):
+        """Frames (b, 3, h, w) in [-1, 1] -> DiagonalGaussian over unnormalised latents.
+
+        Raises ValueError when a side is not a multiple of the factor."""
+        if x.shape[-1] % self.config.factor or x.shape[-2] % self.config.factor:
+            raise ValueError(f"frame sides {tuple(x.shape[-2:])} must divide by {self.config.factor}")
+        return DiagonalGaussian(self.encoder(x.contiguous(memory_format=torch.channels_last)))
+
+    def decode(self, z):
+        """Unnormalised latents (b, c, h, w) -> frames (b, 3, factor h, factor w)."""
+        return self.decoder(z.contiguous(memory_format=torch.channels_last))
+
+    @property
+    def last_layer(self):
+        """The weight at which reconstruction and adversarial gradients are compared."""
+        return self.decoder.conv_out.weight
+
+    def set_latent_statistics(self, latents):
+        """latents: unnormalised (b, c, f, h, w) of the training set."""
+        channels = rearrange(latents.double(), "b c f h w -> c (b f h w)")
+        self.latent_mean.copy_(channels.mean(1))
+        self.latent_std.copy_(channels.std(1))
+
+    def _statistics(self):
+        return (s[:, None, None, None] for s in (self.latent_mean, self.latent_std))
+
+    def encode_video(self, video, chunk=128):
+        """(b, 3, f, h, w) in [-1, 1] -> normalised latents (b, c, f, h / factor, w / factor).
+
+        The mean of q(z|x) is taken, `chunk` frames at a time to bound the memory."""
+        frames = rearrange(video, "b c f h w -> (b f) c h w")
+        z = torch.cat([self.encode(part).mean for part in frames.split(chunk)])
+        mean, std = self._statistics()
+        return (rearrange(z, "(b f) c h w -> b c f h w", b=len(video)) - mean) / std
+
+    def decode_video(self, latents, chunk=128):
+        """Normalised latents (b, c, f, h, w) -> video (b, 3, f, factor h, factor w), about [-1, 1]."""
+        mean, std = self._statistics()
+        z = rearrange(latents * std + mean, "b c f h w -> (b f) c h w")
+        frames = torch.cat([self.decode(part).float() for part in z.split(chunk)])
+        return rearrange(frames, "(b f) c h w -> b c f h w", b=len(latents))
+
+
+# ------------------------------------------------------------------------------ losses
+
+
+class PatchDiscriminator(nn.Module):
+    """Real or fake, patch by patch: (b, 3, h, w) -> logits (b, 1, h', w'); Isola 2017 (pix2pix).
+
+    GroupNorm stands where pix2pix has BatchNorm: no statistics that differ between real and fake batches.
+    """
+
+    def __init__(self, width=64, layers=3):
+        super().__init__()
+        modules = [nn.Conv2d(3, width, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
+        for i in range(layers):
+            c_in, c_out = width * min(2**i, 8), width * min(2 ** (i + 1), 8)
+            stride = 2 if i + 1 < layers else 1
+            modules += [nn.Conv2d(c_in, c_out, 4, stride=stride, padding=1, bias=False)]
+            modules += [nn.GroupNorm(8, c_out), nn.LeakyReLU(0.2)]
+        modules.append(nn.Conv2d(c_out, 1, 4, padding=1))
+        self.layers = nn.Sequential(*modules)
+
+    def forward(self, x):
+        return self.layers(x)
+
+
+class VGGFeatures(nn.Module):
+    """Perceptual distance: mean squared difference of unit-length VGG16 features after each stage.
+
+    As LPIPS (Zhang 2018) with all channels weighted equally. path: torchvision's `vgg16-397923af.pth`.
+    """
+
+    # Convolutions per stage, and the index of each one in torchvision's `features`.
+    stages = ((64, (0, 2)), (128, (5, 7)), (256, (10, 12, 14)), (512, (17, 19, 21)))
+    stages += ((512, (24, 26, 28)),)
+
+    def __init__(self, path=None):
+        super().__init__()
+        self.convolutions = nn.ModuleDict()
+        c_in = 3
+        for width, indices in self.stages:
+            for index in indices:
+                self.convolutions[str(index)] = nn.Conv2d(c_in, width, 3, padding=1)
+                c_in = width
+        # ImageNet statistics for inputs in [0, 1], rewritten for inputs in [-1, 1].
+        mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+        self.register_buffer("mean", (2 * mean - 1)[:, None, None])
+        self.register_buffer("std", (2 * std)[:, None, None])
+        if path is not None:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            prefix = "features."
+            state = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+            self.convolutions.load_state_dict(state)
+        self.requires_grad_(False)
+
+    def features(self, x):
+        x = (x - self.mean) / self.std
+        outputs = []
+        for stage, (_, indices) in enumerate(self.stages):
+            x = F.max_pool2d(x, 2) if stage else x
+            for index in indices:
+                x = F.relu(self.convolutions[str(index)](x))
+            outputs.append(F.normalize(x.float(), dim=1))
+        return outputs
+
+    def forward(self, x, y):
+        """Frames (b, 3, h, w) in [-1, 1], twice -> scalar distance."""
+        pairs = zip(self.features(x), self.features(y))
+        return sum((p - q).square().sum(1).mean() for p, q in pairs)
+
+
+@dataclass(frozen=True)
+class VAELossConfig:
+    """Weights of the terms; a term of weight 0 is not computed."""
+
+    l1_weight: float = 1.0
+    mse_weight: float = 1.0
+    kl_weight: float = 1e-4
+    vgg_weight: float = 0.0  # needs the VGG16 weights
+    gan_weight: float = 0.0
+    gan_start: int = 0  # steps before the discriminator's opinion counts
+
+
+class VAELoss(nn.Module):
+    """L1 + MSE + KL (+ VGG features) (+ hinge GAN with the adaptive weight of Esser 2021, eq. 7)."""
+
+    def __init__(self, config, vgg_path=None):
+        super().__init__()
+        self.config = config
+        self.discriminator = PatchDiscriminator() if config.gan_weight else None
+        self.vgg = VGGFeatures(vgg_path) if config.vgg_weight else None
+
+    def generator_loss(self, x, x_hat, posterior, last_layer, step):
+        """Loss of the autoencoder. x, x_hat: frames (b, 3, h, w) in [-1, 1] and their reconstruction;
+        last_layer: the decoder's last weight. Returns (scalar loss, dict of the terms as floats)."""
+        config, x_hat = self.config, x_hat.float()
+        terms = {"l1": (x_hat - x).abs().mean(), "mse": F.mse_loss(x_hat, x)}
+        terms["kl"] = posterior.kl().mean()
+        loss = config.l1_weight * terms["l1"] + config.mse_weight * terms["mse"]
+        if self.vgg is not None:
+            terms["vgg"] = self.vgg(x, x_hat)
+            loss = loss + config.vgg_weight * terms["vgg"]
+        if self.discriminator is not None and step >= config.gan_start:
+            # Frozen here, or the generator's gradient would also move the discriminator.
+            self.discriminator.requires_grad_(False)
+            terms["gan"] = -self.discriminator(x_hat).float().mean()
+            self.discriminator.requires_grad_(True)
+            weight = adaptive_weight(loss, terms["gan"], last_layer)
+            loss = loss + config.gan_weight * weight * terms["gan"]
+        loss = loss + config.kl_weight * terms["kl"]
+        return loss, {name: term.item() for name, term in terms.items()}
+
+    def discriminator_loss(self, x, x_hat):
+        """Hinge loss (Lim & Ye 2017): push real logits above 1 and fake ones below -1."""
+        real = self.discriminator(x).float()
+        fake = self.discriminator(x_hat.detach()).float()
+        return 0.5 * (F.relu(1 - real).mean() + F.relu(1 + fake).mean())
+
+
+def adaptive_weight(reconstruction, adversarial, last_layer):
+    """|grad of the reconstruction loss| / |grad of the GAN loss| at the last layer; Esser 2021, eq. 7.
+
+    Keeps the two in balance however the loss scales drift; at most 1e4, and a constant for the step."""
+    (grad_rec,) = torch.autograd.grad(reconstruction, last_layer, retain_graph=True)
+    (grad_gan,) = torch.autograd.grad(adversarial, last_layer, retain_graph=True)
+    return (grad_rec.norm() / (grad_gan.norm() + 1e-4)).clamp(0, 1e4).detach()
