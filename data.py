@@ -1,7 +1,7 @@
 """Captioned videos: the built-in `MovingShapes`, and reading / writing of video files.
 
-`MovingShapes` draws clips such as "a red circle moves right, then up". Every sample is a pure function
-of (seed, index), so nothing is stored on disk and two people train on the same data.
+`MovingShapes` draws clips such as "a red circle moves right, then up". Every sample is a pure
+function of (seed, index), so nothing is stored on disk and two people train on the same data.
 
     python data.py            # writes a contact sheet of examples: samples/shapes.png
 
@@ -60,8 +60,8 @@ FPS_RANGE = (6.0, 12.0)  # frames per second drawn in training; 8 is the default
 FPS = 8.0
 FRAMES, SIZE = 16, 64
 
-# (regular polygon's corners, inner radius / outer radius) of the folded half-plane below. A ratio of
-# cos(pi / n) makes the edge straight: a triangle and a square are stars without notches.
+# (regular polygon's corners, inner radius / outer radius) of the folded half-plane below. A ratio
+# of cos(pi / n) makes the edge straight: a triangle and a square are stars without notches.
 POLYGONS = {
     "triangle": (3, np.cos(np.pi / 3)),
     "square": (4, np.cos(np.pi / 4)),
@@ -72,8 +72,9 @@ POLYGONS = {
 def shape_distance(shape, x, y, angle):
     """Signed distance to a shape of nominal radius 1 at the origin; negative inside.
 
-    x, y: arrays of coordinates; angle: radians, clockwise on the screen (y points down). For polygons
-    this is the distance to the nearest edge's line (exact inside, a lower bound beyond a corner).
+    x, y: arrays of coordinates; angle: radians, clockwise on the screen (y points down). For
+    polygons this is the distance to the nearest edge's line (exact inside, a lower bound beyond a
+    corner).
     """
     rho = np.sqrt(x * x + y * y)
     if shape == "circle":
@@ -107,8 +108,9 @@ class Thing:
     def path(self, frames, fps):
         """x, y, radius, angle of every frame: float32 arrays of shape (frames,).
 
-        Each action lasts for its share of the clip (the whole, or one half), so the clip always covers
-        all that the caption says; the rates are per second, so `fps` decides how far the object gets.
+        Each action lasts for its share of the clip (the whole, or one half), so the clip always
+        covers all that the caption says; the rates are per second, so `fps` decides how far the
+        object gets.
         """
         time = np.arange(frames) / fps
         share = frames / fps / len(self.actions)
@@ -130,7 +132,8 @@ def rates(action):
 
 
 def held_out(colour, shape, actions):
-    """The fixed rule that keeps a tenth of the (colour, shape, actions) combinations from training."""
+    """The fixed rule that keeps a tenth of the (colour, shape, actions) combinations from
+    training."""
     return zlib.crc32(f"{colour} {shape} {', '.join(actions)}".encode()) % 10 == 0
 
 
@@ -196,7 +199,8 @@ def describe(things, rng=None):
 
 @dataclass(frozen=True)
 class Sample:
-    """A captioned clip. video: uint8 (f, h, w, 3); fps: frames per second; scene: list of `Thing`."""
+    """A captioned clip. video: uint8 (f, h, w, 3); fps: frames per second; scene: list of
+    `Thing`."""
 
     caption: str
     video: np.ndarray
@@ -207,9 +211,10 @@ class Sample:
 class MovingShapes:
     """Procedural captioned clips; `dataset[i]` is a `Sample`, a pure function of (seed, i).
 
-    split "train" leaves out the combinations of `held_out`; "heldout" has nothing but these, always a
-    single object. `objects` fixes the number of objects (1 or 2; None draws it). `fps` fixes the frame
-    rate (None draws it from FPS_RANGE). Raises ValueError for unknown or contradictory settings.
+    split "train" leaves out the combinations of `held_out`; "heldout" has nothing but these, always
+    a single object. `objects` fixes the number of objects (1 or 2; None draws it). `fps` fixes the
+    frame rate (None draws it from FPS_RANGE). Raises ValueError for unknown or contradictory
+    settings.
     """
 
     two_objects = 0.2  # share of scenes with two objects
@@ -246,7 +251,7 @@ class MovingShapes:
         return describe(scene, rng), fps, scene
 
     def _scene(self, rng, count, fps):
-        colours = rng.permutation(list(COLOURS))  # distinct colours, so that words tell objects apart
+        colours = rng.permutation(list(COLOURS))  # distinct, so that words tell objects apart
         scene = [self._thing(rng, str(colours[i]), count, fps) for i in range(count)]
         if count == 2:
             (x0, y0, r0, _), (x1, y1, r1, _) = (thing.path(self.frames, fps) for thing in scene)
@@ -280,7 +285,8 @@ FORMATS = (".gif", ".mp4", ".png")
 
 
 def write_video(path, video, fps=FPS, upscale=1):
-    """Write uint8 (f, h, w, 3) as .gif, .mp4 or .png (a contact sheet of the frames, four in a row).
+    """Write uint8 (f, h, w, 3) as .gif, .mp4 or .png (a contact sheet of the frames, four in a
+    row).
 
     The file appears whole or not at all. upscale: integer factor, nearest neighbour. Raises
     ValueError for an unknown suffix and OSError where the path cannot be written.

@@ -5,16 +5,25 @@ colour and the shape of every object and what it does in each half of the clip. 
 therefore be checked against their captions, word by word, and so can their frame rate: the motions
 are compared with the speeds per second that the training data has.
 
-Letters used here: `f` frames, `h w` height and width. Videos are uint8 arrays (f, h, w, 3).
+    python metrics.py --fake pretrained/shapes.pt --metrics captions --num 200
+    python metrics.py --fake shapes --metrics captions          # the oracle on rendered clips
+
+Prints one JSON object. Letters used here: `f` frames, `h w` height and width. Videos are uint8
+arrays (f, h, w, 3).
 """
 
+import argparse
+import json
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
+from tqdm import tqdm
 
-from data import (
-    BACKGROUND, COLOURS, GROWTH, MOTIONS, POLYGONS, REACH, SIZE, SPEED, SPIN, rates, shape_distance,
-)  # fmt: skip
+from data import BACKGROUND, COLOURS, FPS, GROWTH, MOTIONS, POLYGONS, REACH, SIZE, SPEED, SPIN
+from data import MovingShapes, atomic_path, rates, render, shape_distance
+from diffusion import SAMPLERS
+from sample import GUIDANCE, SAMPLER, STEPS, load_pipeline, number, pick_device, run_command
 
 # ------------------------------------------------------------------------------ caption oracle
 
@@ -26,7 +35,7 @@ HUES = PALETTE / LENGTHS[:, None]
 FAINT = 40.0  # levels from the background below which a pixel has no hue of its own
 MIN_PIXELS = 6.0  # of a 64-pixel frame, on average: less is a fringe or a speck, not an object
 MIN_SHARE = 0.05  # likewise, relative to the clip's largest object
-MIN_AREA = 0.2  # of the object's median area: in frames with less it is missing
+MIN_AREA = 0.15  # of the object's typical area: in frames with less it is missing
 
 UNITS = np.array([SPEED, SPEED, GROWTH, SPIN])
 TEMPLATES = np.array([rates(action) for action in MOTIONS]) / UNITS  # stays still: all zero
@@ -82,7 +91,9 @@ def _read(colour, c, offset, labels, solid, scale, fps):
     x = (np.arange(columns.start, columns.stop, dtype=np.float32) + 0.5) * scale
     y = (np.arange(rows.start, rows.stop, dtype=np.float32) + 0.5)[:, None] * scale
     area, u, v, cover = _locate(cover, solid, x, y, scale)
-    kept = area > MIN_AREA * np.median(area[area > 0])
+    # Weighted by itself, so that the mean ignores frames without the object, however many.
+    typical = np.square(area).sum() / area.sum()
+    kept = area > MIN_AREA * typical
     center = np.stack([x[0] - u[:, 0, 0], y[0, 0] - v[:, 0, 0]])
     shape, angle = _shape(cover[kept], u[kept], v[kept], area[kept], scale)
     state = np.vstack([center[:, kept], np.log(area[kept]) / 2, angle])  # x, y, log radius, angle
@@ -190,3 +201,76 @@ def _compare(thing, reading):
     """Which of colour, shape, motion and order are right; the fifth, "all", is up to the caller."""
     actions = set(thing.actions) == set(reading.actions), thing.actions == reading.actions
     return np.array([thing.colour == reading.colour, thing.shape == reading.shape, *actions, True])
+
+
+# ------------------------------------------------------------------------------ command line
+
+
+def caption_sets(num):
+    """Name -> list of (caption, scene): `num` each of the captions trained on, with one object and
+    with two, and of single objects in combinations that training never had."""
+    train, held_out = MovingShapes(100 * num), MovingShapes(num, "heldout")
+    samples = [train.describe(i) for i in range(100 * num)]
+    samples = [(caption, scene) for caption, _, scene in samples]
+    return {
+        "seen": [s for s in samples if len(s[1]) == 1][:num],
+        "held_out": [held_out.describe(i)[::2] for i in range(num)],
+        "two_objects": [s for s in samples if len(s[1]) == 2][:num],
+    }
+
+
+def measure_captions(args):
+    """`caption_accuracy` of each caption set, of generated clips or of rendered ones."""
+    pipeline = None if args.fake == "shapes" else load_pipeline(args.fake, pick_device(args.device))
+    results = {}
+    for name, samples in caption_sets(args.num).items():
+        captions, scenes = zip(*samples)
+        videos = []
+        for start in tqdm(range(0, args.num, args.batch_size), desc=f"captions, {name}"):
+            part = slice(start, start + args.batch_size)
+            if pipeline is None:
+                videos += [render(scene) for scene in scenes[part]]
+                continue
+            videos += list(pipeline.generate(
+                captions[part], args.seed + start, steps=args.steps, sampler=args.sampler,
+                guidance=args.guidance, batch_size=args.batch_size,
+            ))
+        results[name] = caption_accuracy(scenes, videos, FPS)
+    return results
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--fake", required=True, help="a checkpoint (model.pt), or shapes")
+    parser.add_argument("--metrics", nargs="+", choices=["captions"], default=["captions"])
+    parser.add_argument(
+        "--num", type=number(int, 1, 10_000), default=200, help="clips of each kind (%(default)s)"
+    )
+    parser.add_argument("--seed", type=number(int, 0, 2**31), default=0, help="(%(default)s)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the result there as well")
+    parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
+    group = parser.add_argument_group("sampling, for a checkpoint")
+    group.add_argument("--steps", type=number(int, 1, 1000), default=STEPS, help="(%(default)s)")
+    group.add_argument("--sampler", choices=list(SAMPLERS), default=SAMPLER, help="(%(default)s)")
+    group.add_argument(
+        "--guidance", type=number(float, 0, 100), default=GUIDANCE, help="(%(default)s)"
+    )
+    group.add_argument("--batch-size", type=number(int, 1, 1000), default=20, help="(%(default)s)")
+    return parser.parse_args(argv)
+
+
+def main():
+    args = parse_args()
+    names = ("fake", "num", "seed", "steps", "sampler", "guidance")
+    protocol = {name: getattr(args, name) for name in names} | {"fps": FPS}
+    result = json.dumps({"captions": measure_captions(args), "protocol": protocol}, indent=2)
+    if args.json:
+        with atomic_path(args.json) as path:
+            path.write_text(result + "\n")
+    print(result)
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -7,7 +7,7 @@
 From Python:
 
     pipeline = load_pipeline("pretrained/shapes.pt")
-    videos = pipeline.generate(["a red circle moves right, then up"], seed=0)    # uint8 (1, 16, 64, 64, 3)
+    videos = pipeline.generate(["a red circle moves right, then up"])  # uint8 (1, 16, 64, 64, 3)
 
 The path of each file written goes to stdout, everything else to stderr.
 """
@@ -30,7 +30,8 @@ CHECKPOINT = Path(__file__).parent / "pretrained" / "shapes.pt"
 STEPS, SAMPLER, GUIDANCE = 30, "dpm", 3.0
 
 
-# ------------------------------------------------------------------------------ command-line manners
+# ------------------------------------------------------------------------------ command-line
+# manners
 
 
 class UserError(Exception):
@@ -128,7 +129,8 @@ class Pipeline:
         self.vae, self.schedule = vae.to(device), schedule.to(device)
 
     def pack(self):
-        """The whole pipeline as a checkpoint of plain values and tensors; `load_pipeline` reads it."""
+        """The whole pipeline as a checkpoint of plain values and tensors; `load_pipeline` reads
+        it."""
         parts = ("text_encoder", "unet", "vae")
         return {name: pack(getattr(self, name)) for name in parts} | {
             "tokenizer": self.tokenizer.state_dict(),
@@ -161,9 +163,9 @@ class Pipeline:
         """Videos for a list of prompts: uint8 (len(prompts), frames, h, w, 3).
 
         Prompt i is drawn with seed + i, so its video does not depend on the others. fps: frames per
-        second, which decides how far things move; guidance: 1 is none, larger follows the words more
-        closely; sampler: a key of `diffusion.SAMPLERS`. Raises ValueError for an empty prompt or one
-        longer than the text encoder's context.
+        second, which decides how far things move; guidance: 1 is none, larger follows the words
+        more closely; sampler: a key of `diffusion.SAMPLERS`. Raises ValueError for an empty prompt
+        or one longer than the text encoder's context.
         """
         for prompt in prompts:
             if not prompt.strip():
@@ -173,12 +175,13 @@ class Pipeline:
         videos = []
         for start in range(0, len(prompts), batch_size):
             batch = list(prompts[start : start + batch_size])
-            # One generator per sample, on the CPU: the same seed gives the same noise on every device.
+            # One generator per sample, on the CPU: the same noise for a seed on every device.
             seeds = range(seed + start, seed + start + len(batch))
             generators = [torch.Generator().manual_seed(s) for s in seeds]
 
             def noise(_=None):
-                return torch.stack([torch.randn(shape, generator=g) for g in generators]).to(self.device)
+                draws = [torch.randn(shape, generator=g) for g in generators]
+                return torch.stack(draws).to(self.device)
 
             def bar(walk):
                 return tqdm(walk, desc="sampling", disable=not progress)
@@ -229,7 +232,7 @@ def parse_args(argv=None):
     group.add_argument("--frames", type=number(int, 1, 512), default=FRAMES, help="(%(default)s)")
     group.add_argument(
         "--fps", type=number(float, 0.1, 240), default=FPS,
-        help="frames per second: at a lower rate things get further in the same frames (%(default)s)",
+        help="frames per second; at a lower rate things get further (%(default)s)",
     )
     group = parser.add_argument_group("how to draw it")
     group.add_argument(
@@ -287,8 +290,9 @@ def main():
     pipeline = load_pipeline(args.checkpoint, pick_device(args.device))
     unknown = pipeline.tokenizer.unknown_words(args.prompt)
     if unknown:
-        print(f"warning: the model never saw {', '.join(map(repr, unknown))} in training, so it can "
-              "only guess what is meant", file=sys.stderr)
+        words = ", ".join(map(repr, unknown))
+        print(f"warning: the model never saw {words} in training and can only guess what is meant",
+              file=sys.stderr)
     try:
         videos = pipeline.generate(
             [args.prompt] * args.num, args.seed, args.frames, args.fps, args.steps, args.sampler,

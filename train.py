@@ -3,11 +3,13 @@
     python train.py vae       --data shapes --out runs/shapes    # frames <-> latents
     python train.py diffusion --data shapes --out runs/shapes    # words -> latents, over time
 
-A run folder holds `config.json`, `log.jsonl` (one JSON object per logged step), `vae.pt`, `last.pt` (the
-whole training state, for --resume), `model.pt` (self-contained: what sample.py takes) and `samples/`.
+A run folder holds `config.json`, `log.jsonl` (one JSON object per logged step), `vae.pt`, `last.pt`
+(the whole training state, for --resume), `model.pt` (self-contained: what sample.py takes) and
+`samples/`.
 
-Every random draw of step n comes from a generator seeded by (seed, n). So a resumed run sees the very
-batches, noise and masks that an uninterrupted one would have seen, and no random state needs saving.
+Every random draw of step n comes from a generator seeded by (seed, n). So a resumed run sees the
+very batches, noise and masks that an uninterrupted one would have seen, and no random state needs
+saving.
 """
 
 import argparse
@@ -38,11 +40,13 @@ from vae import AutoencoderKL, VAEConfig, VAELoss, VAELossConfig
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """One stage's training. lr rises over `warmup` steps, stays, and falls over the last `decay`."""
+    """One stage's training. lr rises over `warmup` steps, stays, and falls over the last `decay`.
+    """
 
     steps: int
     batch_size: int  # frames for the VAE, clips for the diffusion model
     lr: float
+    optimizer: str = "adamw"  # or "muon"
     warmup: int = 100
     decay: float = 0.4  # fraction of the steps
     weight_decay: float = 0.01
@@ -69,6 +73,10 @@ class Preset:
     diffusion_training: TrainConfig
 
 
+# Real frames: no folded pixels at the entrance, twice the depth, and a discriminator for the
+# texture that L1 and MSE blur away.
+UCF101_VAE = VAEConfig(patch=1, widths=(64, 128, 256, 256), blocks=2, groups=32)
+UCF101_VAE_LOSS = VAELossConfig(kl_weight=1e-5, gan_weight=0.5, gan_start=10_000)
 PRESETS = {
     "shapes": Preset(
         size=64,
@@ -78,7 +86,39 @@ PRESETS = {
         text=TextEncoderConfig(),
         unet=UNet3DConfig(),
         diffusion=DiffusionConfig(shift=2.0),
-        diffusion_training=TrainConfig(steps=10_000, batch_size=16, lr=1e-3),
+        diffusion_training=TrainConfig(
+            steps=7500, batch_size=16, lr=1e-3, optimizer="muon"
+        ),
+    ),
+    "ucf101": Preset(
+        size=128,
+        vae=UCF101_VAE,
+        vae_loss=UCF101_VAE_LOSS,
+        vae_training=TrainConfig(steps=50_000, batch_size=32, lr=2e-4),
+        text=TextEncoderConfig(vocab_size=2048, width=256, depth=4),
+        unet=UNet3DConfig(  # 49 M parameters
+            latent_size=16, widths=(128, 256, 512), blocks=(2, 2, 3), attention=(True, True, True),
+            text_width=256, embedding_width=512, groups=32,
+        ),
+        diffusion=DiffusionConfig(shift=2.0),
+        diffusion_training=TrainConfig(
+            steps=100_000, batch_size=32, lr=3e-4, optimizer="muon", ema=0.9999
+        ),
+    ),
+    "ucf101-256": Preset(
+        size=256,
+        vae=UCF101_VAE,
+        vae_loss=UCF101_VAE_LOSS,
+        vae_training=TrainConfig(steps=50_000, batch_size=16, lr=2e-4),
+        text=TextEncoderConfig(vocab_size=2048, width=256, depth=4),
+        unet=UNet3DConfig(  # 152 M parameters
+            latent_size=32, widths=(192, 384, 768), blocks=(2, 2, 5), attention=(True, True, True),
+            text_width=256, embedding_width=768, groups=32,
+        ),
+        diffusion=DiffusionConfig(shift=3.0),
+        diffusion_training=TrainConfig(
+            steps=200_000, batch_size=16, lr=2e-4, optimizer="muon", ema=0.9999
+        ),
     ),
 }
 PROMPTS = (  # drawn into samples/ while training
@@ -96,31 +136,89 @@ def learning_rate(step, config):
     return config.lr * min(1, rise, fall)
 
 
+# ------------------------------------------------------------------------------ optimizer
+
+
+def orthogonalize(g, steps=5):
+    """The nearest (semi-)orthogonal matrix to g, roughly: singular values pulled to about 1.
+
+    Newton-Schulz iteration of Jordan 2024 (Muon), with its coefficients. g: (rows, columns).
+    """
+    x = g.T if g.shape[0] > g.shape[1] else g
+    x = x / (x.norm() + 1e-7)  # the iteration converges for singular values up to 1
+    for _ in range(steps):
+        a = x @ x.T
+        x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
+    return x.T if g.shape[0] > g.shape[1] else x
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum, orthogonalized (Jordan 2024): for the hidden layers' matrices and convolutions.
+
+    An ordinary update is dominated by a few directions; this one moves along all of them equally.
+    Scaled as in Liu 2025 (arXiv 2502.16982, eq. 4) so that AdamW's learning rate and weight decay
+    fit.
+    """
+
+    def __init__(self, params, lr, momentum=0.95, weight_decay=0.0):
+        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for p in group["params"]:
+                average = self.state[p].setdefault("momentum", torch.zeros_like(p.grad))
+                average.lerp_(p.grad, 1 - group["momentum"])
+                update = p.grad.lerp(average, group["momentum"])  # Nesterov's look ahead
+                update = orthogonalize(update.flatten(1))
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+                p.add_(update.view_as(p), alpha=-0.2 * group["lr"] * max(update.shape) ** 0.5)
+
+
+def make_optimizers(model, config):
+    """The optimizers of a model by name: "adamw", and where the config says so "muon" for the
+    matrices and convolutions between the first and the last layer."""
+    hidden, outer, vectors = [], [], []
+    for name, p in model.named_parameters():
+        ends = any(part in name for part in ("embed", "conv_in", "conv_out"))
+        (vectors if p.ndim < 2 else outer if ends else hidden).append(p)
+    optimizers = {}
+    if config.optimizer == "muon":
+        optimizers["muon"] = Muon(hidden, config.lr, weight_decay=config.weight_decay)
+        hidden = []
+    # No weight decay for gains and biases: pulling a norm's gain to 0 is no prior.
+    groups = [
+        {"params": hidden + outer, "weight_decay": config.weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+    return optimizers | {"adamw": torch.optim.AdamW(groups, config.lr, betas=(0.9, 0.99))}
+
+
 # ------------------------------------------------------------------------------ a run
 
 
 class Run:
     """What both stages share: optimizer step, log, progress bar, checkpoints, resume.
 
-    stage: "vae" or "diffusion"; models: dict of the modules to save, of which `update` trains the first.
+    stage: "vae" or "diffusion"; models: what to save, of which `update` trains the first;
+    discriminator: trained by `update_discriminator`, or None.
     """
 
-    def __init__(self, args, stage, config, models):
+    def __init__(self, args, stage, config, models, discriminator=None):
         self.out, self.stage, self.config, self.models = Path(args.out), stage, config, models
-        self.resume = args.resume
+        self.resume, self.start = args.resume, 0
         # What must be the same when a run goes on; the rest (steps, learning rate) may change.
         self.settings = {"preset": args.preset, "data": args.data, "seed": args.seed}
-        self.parameters = list(models[next(iter(models))].parameters())
-        # Gains and biases are left out of weight decay: pulling a norm's gain to 0 is no prior.
-        groups = [
-            {"params": [p for p in self.parameters if p.ndim > 1]},
-            {"params": [p for p in self.parameters if p.ndim <= 1], "weight_decay": 0.0},
-        ]
-        self.optimizer = torch.optim.AdamW(
-            groups, lr=config.lr, betas=(0.9, 0.99), weight_decay=config.weight_decay
-        )
-        self.optimizers = {"optimizer": self.optimizer}
-        self.start = 0
+        self.record = {"arguments": vars(args), "preset": asdict(configure(args))}
+        trained = next(iter(models.values()))
+        self.parameters = list(trained.parameters())
+        self.optimizers = make_optimizers(trained, config)
+        if discriminator is not None:
+            self.models = models | {"discriminator": discriminator}
+            # Low momentum: its opponent moves with every step.
+            self.optimizers["discriminator"] = torch.optim.AdamW(
+                discriminator.parameters(), config.lr, betas=(0.5, 0.9), weight_decay=0.0
+            )
 
     def prepare(self):
         """Resume from last.pt, or make sure that nothing of an earlier run is overwritten."""
@@ -131,7 +229,7 @@ class Run:
                 raise UserError(f"{last} is of the {state['stage']} stage: leave out --resume")
             for name, value in state["settings"].items():
                 if value != self.settings[name]:
-                    raise UserError(f"{last} was started with --{name} {value}: resume with the same")
+                    raise UserError(f"{last} was started with --{name} {value}: use the same")
             for name, model in self.models.items():
                 model.load_state_dict(state["models"][name])
             for name, optimizer in self.optimizers.items():
@@ -144,6 +242,8 @@ class Run:
         except OSError as error:
             raise UserError(f"cannot write to {self.out}: {error.strerror}") from error
         self._rewind_log()
+        with atomic_path(self.out / "config.json") as path:
+            path.write_text(json.dumps(self.record, indent=2) + "\n")
 
     def _rewind_log(self):
         """Drop log lines of this stage from after the checkpoint: those steps come again."""
@@ -160,7 +260,7 @@ class Run:
             steps, initial=self.start, total=self.config.steps, desc=self.stage,
             mininterval=progress_interval(),
         )
-        self.clock, self.clock_step = time.time(), self.start
+        self.clock, self.clock_step, self.sums = time.time(), self.start, {}
         for step in self.bar:
             for optimizer in self.optimizers.values():
                 for group in optimizer.param_groups:
@@ -169,36 +269,49 @@ class Run:
 
     def update(self, loss):
         """Backward, clip, step. Returns the gradient's norm. Raises UserError if not finite."""
-        self.optimizer.zero_grad(set_to_none=True)
+        for p in self.parameters:
+            p.grad = None
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.config.grad_clip).item()
-        if not math.isfinite(norm) or not math.isfinite(loss.item()):
+        if not math.isfinite(norm + loss.item()):
             raise UserError(
-                f"the loss is not finite at step {self.bar.n}; {self.out / 'last.pt'} is from before. "
-                "Try --resume with a lower --lr"
+                f"the loss is not finite any more; {self.out / 'last.pt'} is from before: go on "
+                "from there with --resume and a lower --lr"
             )
-        self.optimizer.step()
+        for name, optimizer in self.optimizers.items():
+            if name != "discriminator":
+                optimizer.step()
         return norm
 
-    def log(self, step, grad_norm, **values):
-        """Every `log_every` steps: one aligned line on stderr, one JSON object in log.jsonl."""
+    def update_discriminator(self, loss):
+        """Backward and step of the discriminator alone."""
+        optimizer = self.optimizers["discriminator"]
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+    def log(self, step, **values):
+        """Every `log_every` steps, the means since the last time: an aligned line on stderr and a
+        JSON object in log.jsonl."""
+        for name, value in values.items():
+            self.sums[name] = self.sums.get(name, 0) + value
         done = step + 1
         if done % self.config.log_every and done != self.config.steps:
             return
-        seconds = time.time() - self.clock
-        speed = (done - self.clock_step) * self.config.batch_size / seconds
-        self.clock, self.clock_step = time.time(), done
-        lr = self.optimizer.param_groups[0]["lr"]
-        eta = (self.config.steps - done) * self.config.batch_size / speed / 60
-        text = "  ".join(f"{name} {value:8.4f}" for name, value in values.items())
+        steps, seconds = done - self.clock_step, time.time() - self.clock
+        means = {name: total / steps for name, total in self.sums.items()}
+        self.clock, self.clock_step, self.sums = time.time(), done, {}
+        lr, speed = learning_rate(step, self.config), steps * self.config.batch_size / seconds
+        minutes = (self.config.steps - done) * seconds / steps / 60
+        text = "  ".join(f"{name} {value:7.4f}" for name, value in means.items())
         tqdm.write(
-            f"step {done:6d}  {text}  lr {lr:.1e}  grad {grad_norm:7.3f}  "
-            f"{speed:6.1f}/s  {memory_gib():4.1f} GiB  {eta:5.1f} min left",
+            f"step {done:6d}  {text}  lr {lr:.1e}  {speed:6.1f}/s  {memory_gib():4.1f} GiB  "
+            f"{minutes:5.1f} min left",
             file=sys.stderr,
         )
-        record = {"stage": self.stage, "step": done, **values, "lr": lr, "grad_norm": grad_norm}
+        record = {"stage": self.stage, "step": done, **means, "lr": lr, "per_second": speed}
         with (self.out / "log.jsonl").open("a") as file:
-            file.write(json.dumps({**record, "per_second": round(speed, 2)}) + "\n")
+            file.write(json.dumps(record) + "\n")
 
     def due(self, step):
         """Is it time for a checkpoint and sample pictures after this step?"""
@@ -279,19 +392,24 @@ def train_vae(args, preset, device):
         vae = AutoencoderKL(preset.vae)
     vae = vae.to(device).train()
     losses = VAELoss(preset.vae_loss).to(device)
-    run = Run(args, "vae", config, {"vae": vae})
+    run = Run(args, "vae", config, {"vae": vae}, losses.discriminator)
     run.prepare()
 
     for step in run.steps():
-        rng = np.random.default_rng((args.seed, step))
+        rng, source = np.random.default_rng((args.seed, step)), generator(args.seed, step)
         x = draw_frames(dataset, rng, config.batch_size).to(device)
         with autocast(device):
             posterior = vae.encode(x)
-            eps = torch.randn(posterior.mean.shape, generator=generator(args.seed, step))
-            x_hat = vae.decode(posterior.sample(eps.to(device)))
+            eps = torch.randn(posterior.mean.shape, generator=source).to(device)
+            x_hat = vae.decode(posterior.sample(eps))
             loss, terms = losses.generator_loss(x, x_hat, posterior, vae.last_layer, step)
-        grad_norm = run.update(loss)
-        run.log(step, grad_norm, loss=loss.item(), **terms, psnr=psnr(x, x_hat))
+        terms |= {"grad": run.update(loss), "psnr": psnr(x, x_hat)}
+        if losses.discriminator is not None:
+            with autocast(device):
+                loss_d = losses.discriminator_loss(x, x_hat)
+            run.update_discriminator(loss_d)
+            terms["discriminator"] = loss_d.item()
+        run.log(step, loss=loss.item(), **terms)
 
         if run.due(step):
             run.save(step)
@@ -322,7 +440,8 @@ def measure_latents(vae, dataset, device, videos=256):
 class EMA:
     """Exponential moving average of a model's weights, which samples better than the last weights.
 
-    The average starts quickly and slows down to `decay`, so that it soon forgets the initialisation.
+    The average starts quickly and slows down to `decay`, so that it soon forgets the
+    initialisation.
     """
 
     def __init__(self, model, decay):
@@ -340,8 +459,8 @@ class EMA:
 def encode_dataset(vae, dataset, device, cache):
     """Captions, frame rates (n,) and latents float16 (n, c, f, h, w) of every clip, encoded once.
 
-    Kept in the file `cache` under a key of everything that they depend on, so that --resume starts at once
-    and another VAE never meets stale latents.
+    Kept in the file `cache` under a key of everything that they depend on, so that --resume starts
+    at once and another VAE never meets stale latents.
     """
     weights = b"".join(v.numpy(force=True).tobytes() for v in vae.state_dict().values())
     key = f"{hashlib.sha256(weights).hexdigest()} {vars(dataset)}"
@@ -364,8 +483,9 @@ def encode_dataset(vae, dataset, device, cache):
 def draw_given_frames(rng, batch, frames, text_only):
     """Which frames the model is given clean: bool (batch, frames), at least one is left to draw.
 
-    A share `text_only` gets none; the rest is divided evenly between the first frame (image to video),
-    the first few (continuation), the last few, both ends (interpolation), and random frames.
+    A share `text_only` gets none; the rest is divided evenly between the first frame (image to
+    video), the first few (continuation), the last few, both ends (interpolation), and random
+    frames.
     """
     mask = np.zeros((batch, frames), bool)
     for row in mask:
@@ -387,11 +507,14 @@ def draw_given_frames(rng, batch, frames, text_only):
 
 
 def build_models(args, preset):
-    """(tokenizer or None, text encoder, unet, vae), new or from --init. The VAE is a trained one."""
+    """(tokenizer or None, text encoder, unet, vae), new or from --init. The VAE is a trained
+    one."""
     vae_path = Path(args.init or Path(args.out) / "vae.pt")
     if not vae_path.is_file() and not args.init:
-        raise UserError(f"no {vae_path}: train it first with `python train.py vae --data {args.data} "
-                        f"--out {args.out}`, or name a trained one with --init")
+        raise UserError(
+            f"no {vae_path}: train it first with `python train.py vae --data {args.data} "
+            f"--out {args.out}`, or name a trained one with --init"
+        )
     checkpoint = load_checkpoint(vae_path, "vae")
     vae = unpack(AutoencoderKL, VAEConfig, checkpoint["vae"])
     if "unet" in checkpoint:
@@ -415,7 +538,8 @@ def train_diffusion(args, preset, device):
     captions, fps, latents = encode_dataset(vae.to(device), dataset, device, cache)
     tokenizer = tokenizer or Tokenizer.train(captions, preset.text.vocab_size)
     length = text_encoder.config.context_length
-    tokens, mask = tokenizer.batch(captions + [""], length, device)  # the last row is the null caption
+    # The last row is the null caption.
+    tokens, mask = tokenizer.batch(captions + [""], length, device)
     schedule = NoiseSchedule(preset.diffusion).to(device)
     pipeline = Pipeline(
         tokenizer, ema.model["text_encoder"], ema.model["unet"], vae, schedule, device
@@ -450,7 +574,7 @@ def train_diffusion(args, preset, device):
         # Backward, step, average, log
         grad_norm = run.update(loss)
         ema.update(model, step)
-        run.log(step, grad_norm, loss=loss.item())
+        run.log(step, loss=loss.item(), grad=grad_norm)
         if run.due(step):
             run.save(step)
             save_pipeline(pipeline, run.out / "model.pt")
@@ -459,7 +583,7 @@ def train_diffusion(args, preset, device):
 
 
 def save_pipeline(pipeline, path):
-    """model.pt: weights in half precision, which halves the file and changes nothing that one sees."""
+    """model.pt: weights in half precision, which halves the file and changes nothing visible."""
     checkpoint = pipeline.pack()
     for part in checkpoint.values():
         if "state" in part:
@@ -521,9 +645,9 @@ def main():
     try:
         stage(args, preset, pick_device(args.device))
     except KeyboardInterrupt:
-        raise UserError(
-            f"stopped; to go on from the last checkpoint add --resume (in {args.out})"
-        ) from None
+        print("stopped; the same command with --resume goes on from the last checkpoint",
+              file=sys.stderr)
+        raise
 
 
 if __name__ == "__main__":

@@ -1,17 +1,18 @@
 """The denoiser: a factorized space-time UNet that reads the caption word by word.
 
 After Ding & Zhu (efficient text-to-video with latent diffusion) and Ho et al. 2022 (Video Diffusion
-Models): 2D convolutions and spatial attention inside each frame, temporal attention across frames, and
-cross-attention from every place and time to every word. Input is the noisy latent beside `mask * clean
-latent` and the mask itself, so one model continues, interpolates or starts from given frames.
+Models): 2D convolutions and spatial attention inside each frame, temporal attention across frames,
+and cross-attention from every place and time to every word. Input is the noisy latent beside `mask
+* clean latent` and the mask itself, so one model continues, interpolates or starts from given
+frames.
 
-Two things make the action follow the words in order. Each frame is told where in the clip it is (0 to 1),
-because relative positions alone cannot say "first ..., then ..."; and it is told the frame rate, because
-a clip covers its whole action, however long that takes.
+Two things make the action follow the words in order. Each frame is told where in the clip it is (0
+to 1), because relative positions alone cannot say "first ..., then ..."; and it is told the frame
+rate, because a clip covers its whole action, however long that takes.
 
-Letters used here: `b` batch, `c` channels, `f` frames, `h w` height and width, `l` text tokens, `d` width of
-one attention head, `n` attention heads, `e` width of the embedding of (timestep, frame rate, position).
-`t` is the diffusion timestep, never a frame index. Latents are (b, c, f, h, w).
+Letters used here: `b` batch, `c` channels, `f` frames, `h w` height and width, `l` text tokens, `d`
+width of one attention head, `n` attention heads, `e` width of the embedding of (timestep, frame
+rate, position). `t` is the diffusion timestep, never a frame index. Latents are (b, c, f, h, w).
 """
 
 import math
@@ -22,13 +23,15 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
 
+from vae import Upsample
+
 
 @dataclass(frozen=True)
 class UNet3DConfig:
     """widths: channels per resolution, from the latent's down; each further one halves the sides.
     blocks: SpaceTimeBlocks per resolution on the way down, the same again on the way up; the last
-    entry counts those at the bottom. attention: which resolutions have attention and feed-forward layers;
-    the others have the convolutions alone."""
+    entry counts those at the bottom. attention: which resolutions have attention and feed-forward
+    layers; the others have the convolutions alone."""
 
     channels: int = 4  # of the latents
     latent_size: int = 8  # their sides in training; others work
@@ -47,8 +50,8 @@ class UNet3DConfig:
 def attention(q, k, v, mask=None):
     """softmax(Q K^T / sqrt(d)) V; Vaswani 2017, eq. 1.
 
-    q (..., i, d), k and v (..., j, d); mask: boolean, broadcastable to (..., i, j), True where a key may
-    be seen. Each query must see at least one key.
+    q (..., i, d), k and v (..., j, d); mask: boolean, broadcastable to (..., i, j), True where a
+    key may be seen. Each query must see at least one key.
     """
     if q.is_cuda:  # fused: never writes the (i, j) matrix to memory
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
@@ -60,10 +63,10 @@ def attention(q, k, v, mask=None):
 
 
 def rotary(x, positions):
-    """Rotate pairs of channels by an angle proportional to the position; Su 2021 (RoFormer), eq. 34.
+    """Rotate pairs of channels by angles proportional to the position; Su 2021 (RoFormer) eq. 34.
 
-    x: (..., f, d); positions: (f,). The dot product of two rotated vectors depends on their content and
-    on the difference of their positions only, so any number of frames can be sampled.
+    x: (..., f, d); positions: (f,). The dot product of two rotated vectors depends on their content
+    and on the difference of their positions only, so any number of frames can be sampled.
     """
     half = x.shape[-1] // 2
     # The slowest pair turns once in about 2 pi * 100 frames: longer than any clip here.
@@ -75,8 +78,8 @@ def rotary(x, positions):
 
 
 def zero_init(layer):
-    """Start a residual branch at zero: the network begins as its skip path, which trains stably, and
-    (for temporal attention) as an image model that treats frames independently; Ho 2022, section 3."""
+    """Start a residual branch at zero: the network begins as its skip path, which trains stably,
+    and temporal attention begins by leaving frames independent (Ho 2022, section 3)."""
     nn.init.zeros_(layer.weight)
     nn.init.zeros_(layer.bias)
     return layer
@@ -93,7 +96,8 @@ class SpatialAttention(nn.Module):
         self.out = zero_init(nn.Linear(width, width))
 
     def forward(self, x):
-        q, k, v = rearrange(self.qkv(self.norm(x)), "b f s (k n d) -> k b f n s d", k=3, n=self.heads)
+        qkv = self.qkv(self.norm(x))
+        q, k, v = rearrange(qkv, "b f s (k n d) -> k b f n s d", k=3, n=self.heads)
         y = attention(q, k, v)
         return x + self.out(rearrange(y, "b f n s d -> b f s (n d)"))
 
@@ -120,7 +124,7 @@ class TemporalAttention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Every place of every frame looks up the words. x: (b, f, s, c); context: (b, l, text_width)."""
+    """Every place of every frame looks up the words. x: (b, f, s, c), context: (b, l, width)."""
 
     def __init__(self, width, head_width, text_width):
         super().__init__()
@@ -178,7 +182,7 @@ class ResBlock(nn.Module):
 
 
 class SpaceTimeBlock(nn.Module):
-    """Convolve within the frame, look around in space, then in time, then read the words, then think."""
+    """Convolve within the frame, look around in space, then in time, read the words, then think."""
 
     def __init__(self, c_in, c_out, config, attention=True):
         super().__init__()
@@ -204,20 +208,9 @@ class SpaceTimeBlock(nn.Module):
         return rearrange(x, "b f (h w) c -> (b f) c h w", h=height)
 
 
-class Upsample(nn.Module):
-    """Nearest neighbour, then a convolution: a transposed convolution would leave a checkerboard."""
-
-    def __init__(self, c_in, c_out):
-        super().__init__()
-        self.conv = nn.Conv2d(c_in, c_out, 3, padding=1)
-
-    def forward(self, x):
-        return self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))
-
-
 def sinusoidal(x, width, highest):
-    """Features cos and sin of x times geometrically spaced frequencies, from 1 to `highest` radians per
-    unit of x; (...,) -> (..., width). Vaswani 2017, section 3.5."""
+    """Features cos and sin of x times geometrically spaced frequencies, from 1 to `highest` radians
+    per unit of x; (...,) -> (..., width). Vaswani 2017, section 3.5."""
     steps = torch.linspace(0, 1, width // 2, device=x.device)
     angles = x.float()[..., None] * highest**steps
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
@@ -236,8 +229,10 @@ class UNet3D(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        if len(config.widths) != len(config.blocks) or any(w % config.head_width for w in config.widths):
-            raise ValueError("widths and blocks must pair up, each width a multiple of head_width")
+        if len({len(config.widths), len(config.blocks), len(config.attention)}) > 1:
+            raise ValueError("widths, blocks and attention need one entry per resolution each")
+        if any(w % config.head_width for w in config.widths):
+            raise ValueError(f"widths {config.widths} must be multiples of {config.head_width}")
         self.config = config
         e = config.embedding_width
         self.embed = nn.Sequential(nn.Linear(3 * 64, e), nn.SiLU(), nn.Linear(e, e), nn.SiLU())
@@ -277,10 +272,10 @@ class UNet3D(nn.Module):
     ):
         """One denoising prediction, the shape of x.
 
-        x: noisy latents (b, c, f, h, w); t: timesteps (b,); context: encoded words (b, l, text_width)
-        and context_mask (b, l), True at real tokens; fps: frames per second (b,).
-        given: clean latents, the shape of x, and given_mask (b, f), True at the frames to take from it
-        (none by default). frames_are_images: no information passes between frames.
+        x: noisy latents (b, c, f, h, w); t: timesteps (b,); context: encoded words (b, l,
+        text_width) and context_mask (b, l), True at real tokens; fps: frames per second (b,).
+        given: clean latents, the shape of x, and given_mask (b, f), True at the frames to take from
+        it (none by default). frames_are_images: no information passes between frames.
         Raises ValueError when h or w cannot be halved len(widths) - 1 times.
         """
         b, _, frames, height, width = x.shape

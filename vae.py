@@ -1,8 +1,8 @@
 """KL autoencoder: turns every frame of a video into a small latent image, and back.
 
-After Rombach et al. 2022 (latent diffusion) and Esser et al. 2021 (VQGAN: the adversarial loss). Frames are
-encoded one by one, so an image model's training recipe applies and any number of frames works; motion is
-left to the diffusion model.
+After Rombach et al. 2022 (latent diffusion) and Esser et al. 2021 (VQGAN: the adversarial loss).
+Frames are encoded one by one, so an image model's training recipe applies and any number of frames
+works; motion is left to the diffusion model.
 
     python train.py vae --data shapes --out runs/shapes
 
@@ -76,7 +76,7 @@ class Attention(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Nearest neighbour, then a convolution: a transposed convolution would leave a checkerboard."""
+    """Nearest neighbour, then a convolution: transposed convolutions leave a checkerboard."""
 
     def __init__(self, c_in, c_out):
         super().__init__()
@@ -163,9 +163,10 @@ class DiagonalGaussian:
 
 
 class AutoencoderKL(nn.Module):
-    """Frames to latents and back. After `set_latent_statistics`, `encode_video` gives latents of zero
-    mean and unit variance per channel over the training set: the diffusion model's noise schedule
-    assumes unit variance, and a measured buffer beats a constant copied from another model."""
+    """Frames to latents and back. After `set_latent_statistics`, `encode_video` gives latents of
+    zero mean and unit variance per channel over the training set: the diffusion model's noise
+    schedule assumes unit variance, and a measured buffer beats a constant copied from another
+    model."""
 
     def __init__(self, config):
         super().__init__()
@@ -181,7 +182,9 @@ class AutoencoderKL(nn.Module):
 
         Raises ValueError when a side is not a multiple of the factor."""
         if x.shape[-1] % self.config.factor or x.shape[-2] % self.config.factor:
-            raise ValueError(f"frame sides {tuple(x.shape[-2:])} must divide by {self.config.factor}")
+            raise ValueError(
+                f"frame sides {tuple(x.shape[-2:])} must be multiples of {self.config.factor}"
+            )
         return DiagonalGaussian(self.encoder(x.contiguous(memory_format=torch.channels_last)))
 
     def decode(self, z):
@@ -212,7 +215,8 @@ class AutoencoderKL(nn.Module):
         return (rearrange(z, "(b f) c h w -> b c f h w", b=len(video)) - mean) / std
 
     def decode_video(self, latents, chunk=128):
-        """Normalised latents (b, c, f, h, w) -> video (b, 3, f, factor h, factor w), about [-1, 1]."""
+        """Normalised latents (b, c, f, h, w) -> video (b, 3, f, factor h, factor w), about [-1,
+        1]."""
         mean, std = self._statistics()
         z = rearrange(latents * std + mean, "b c f h w -> (b f) c h w")
         frames = torch.cat([self.decode(part).float() for part in z.split(chunk)])
@@ -225,7 +229,8 @@ class AutoencoderKL(nn.Module):
 class PatchDiscriminator(nn.Module):
     """Real or fake, patch by patch: (b, 3, h, w) -> logits (b, 1, h', w'); Isola 2017 (pix2pix).
 
-    GroupNorm stands where pix2pix has BatchNorm: no statistics that differ between real and fake batches.
+    GroupNorm stands where pix2pix has BatchNorm: no statistics that differ between real and fake
+    batches.
     """
 
     def __init__(self, width=64, layers=3):
@@ -246,7 +251,8 @@ class PatchDiscriminator(nn.Module):
 class VGGFeatures(nn.Module):
     """Perceptual distance: mean squared difference of unit-length VGG16 features after each stage.
 
-    As LPIPS (Zhang 2018) with all channels weighted equally. path: torchvision's `vgg16-397923af.pth`.
+    As LPIPS (Zhang 2018) with all channels weighted equally. path: torchvision's
+    `vgg16-397923af.pth`.
     """
 
     # Convolutions per stage, and the index of each one in torchvision's `features`.
@@ -301,7 +307,8 @@ class VAELossConfig:
 
 
 class VAELoss(nn.Module):
-    """L1 + MSE + KL (+ VGG features) (+ hinge GAN with the adaptive weight of Esser 2021, eq. 7)."""
+    """L1 + MSE + KL (+ VGG features) (+ hinge GAN with the adaptive weight of Esser 2021, eq.
+    7)."""
 
     def __init__(self, config, vgg_path=None):
         super().__init__()
@@ -310,8 +317,9 @@ class VAELoss(nn.Module):
         self.vgg = VGGFeatures(vgg_path) if config.vgg_weight else None
 
     def generator_loss(self, x, x_hat, posterior, last_layer, step):
-        """Loss of the autoencoder. x, x_hat: frames (b, 3, h, w) in [-1, 1] and their reconstruction;
-        last_layer: the decoder's last weight. Returns (scalar loss, dict of the terms as floats)."""
+        """Loss of the autoencoder. x, x_hat: frames (b, 3, h, w) in [-1, 1] and their
+        reconstruction; last_layer: the decoder's last weight. Returns (scalar loss, dict of the
+        terms as floats)."""
         config, x_hat = self.config, x_hat.float()
         terms = {"l1": (x_hat - x).abs().mean(), "mse": F.mse_loss(x_hat, x)}
         terms["kl"] = posterior.kl().mean()
@@ -337,9 +345,11 @@ class VAELoss(nn.Module):
 
 
 def adaptive_weight(reconstruction, adversarial, last_layer):
-    """|grad of the reconstruction loss| / |grad of the GAN loss| at the last layer; Esser 2021, eq. 7.
+    """|grad of the reconstruction loss| / |grad of the GAN loss| at the last layer; Esser 2021, eq.
+    7.
 
-    Keeps the two in balance however the loss scales drift; at most 1e4, and a constant for the step."""
+    Keeps the two in balance however the loss scales drift; at most 1e4, and a constant for the
+    step."""
     (grad_rec,) = torch.autograd.grad(reconstruction, last_layer, retain_graph=True)
     (grad_gan,) = torch.autograd.grad(adversarial, last_layer, retain_graph=True)
     return (grad_rec.norm() / (grad_gan.norm() + 1e-4)).clamp(0, 1e4).detach()

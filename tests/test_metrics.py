@@ -44,14 +44,14 @@ def test_survives_blur_and_noise(samples):
         video = gaussian_filter(video.astype(float), (0, 0.7, 0.7, 0))
         return (video + rng.normal(0, 8, video.shape)).round().clip(0, 255).astype(np.uint8)
 
-    assert accuracy(samples, degrade)["all"] >= 0.97
+    assert accuracy(samples[:100], degrade)["all"] >= 0.97
 
 
 def test_survives_a_pale_picture(samples):
     def pale(video):
         return (BACKGROUND + (video.astype(float) - BACKGROUND) * 0.8).round().astype(np.uint8)
 
-    assert accuracy(samples, pale)["all"] >= 0.97
+    assert accuracy(samples[:60], pale)["all"] >= 0.97
 
 
 @pytest.mark.parametrize("colour", COLOURS)
@@ -63,7 +63,7 @@ def test_reads_every_word(colour, shape):
             assert read_things(render([thing]), FPS) == [Reading(colour, shape, (action,))]
 
 
-@pytest.mark.parametrize("size", [32, 64, 128])
+@pytest.mark.parametrize("size", [24, 64, 128])
 def test_reads_any_resolution(size):
     video = render([THING], size=size)
     assert read_things(video, FPS) == [Reading("red", "star", ("right", "grows"))]
@@ -81,12 +81,11 @@ def test_swapped_halves_swap_the_order_read():
     swapped = np.concatenate([video[8:], video[:8]])
     assert read_things(swapped, FPS)[0].actions == ("grows", "right")
     result = caption_accuracy([[THING]], [swapped], FPS)
-    assert result == {
-        "colour": 1, "shape": 1, "motion": 1, "order": 0, "all": 0, "n": 1
-    }  # fmt: skip
+    assert result == {"colour": 1, "shape": 1, "motion": 1, "order": 0, "all": 0, "n": 1}
 
 
 def test_wrong_videos_are_read_as_wrong(samples):
+    samples = samples[:60]
     recoloured = accuracy(samples, lambda video: np.roll(video, 1, axis=-1))
     assert recoloured["colour"] < 0.2 and recoloured["all"] < 0.2  # white stays white
     reversed_ = accuracy(samples, lambda video: video[::-1])
@@ -124,11 +123,27 @@ def test_two_objects_are_matched_by_colour_and_sorted_by_size():
 
 def test_a_missing_or_extra_object_is_wrong():
     missing = caption_accuracy([PAIR, PAIR], [render(PAIR), render(PAIR[1:])], FPS)
-    assert missing == {
-        "colour": 0.5, "shape": 0.5, "motion": 0.5, "order": 0.5, "all": 0.5, "n": 2
-    }  # fmt: skip
+    assert missing.pop("n") == 2
+    assert set(missing.values()) == {0.5}  # everything of that clip is wrong
     extra = caption_accuracy([PAIR[1:]], [render(PAIR)], FPS)
     assert extra["order"] == 1 and extra["all"] == 0
+
+
+def test_a_coloured_fringe_is_not_an_object():
+    red, white = np.array(COLOURS["red"]), np.array(COLOURS["white"])
+    thing = Thing("white", "square", "big", ("left",), 44.0, 32.0, 0.0)
+    video = render([thing])
+    edge = (video != BACKGROUND).any(-1) & (video != white).any(-1)
+    halo = edge | np.roll(edge, 1, axis=1) & (video == BACKGROUND).all(-1)
+    video[halo] = (0.4 * red + 0.6 * np.array(BACKGROUND)).astype(np.uint8)
+    assert read_things(video, FPS) == [Reading("white", "square", ("left",))]
+
+
+def test_a_close_neighbour_does_not_disturb():
+    left = Thing("yellow", "triangle", "small", ("spins",), 24.0, 32.0, 0.2)
+    right = Thing("blue", "square", "", ("stays still",), 42.5, 32.0, 0.6)
+    result = caption_accuracy([[left, right]], [render([left, right])], FPS)
+    assert result["all"] == 1
 
 
 def test_absence_is_not_standing_still():
@@ -137,6 +152,9 @@ def test_absence_is_not_standing_still():
     assert read_things(video, FPS)[0].actions == ("right", "grows")
     video[9:] = BACKGROUND
     assert read_things(video, FPS)[0].actions == ("right", None)
+    noise = np.random.default_rng(0).normal(0, 8, video.shape)
+    noisy = (video + noise).round().clip(0, 255).astype(np.uint8)
+    assert read_things(noisy, FPS)[0].actions == ("right", None)
 
 
 def test_unusable_arrays_are_refused():

@@ -1,0 +1,370 @@
+"""Tests of unet3d.py: which inputs reach which outputs, and the layers against PyTorch's own."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import unet3d
+from unet3d import (CrossAttention, SpatialAttention, TemporalAttention, UNet3D, UNet3DConfig,
+                    attention, rotary, sinusoidal)
+
+CONFIG = UNet3DConfig(
+    channels=3, widths=(16, 32), blocks=(1, 1), attention=(True, True), head_width=16,
+    text_width=12, embedding_width=24, groups=4,
+)
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+def wake(model, asleep=()):
+    """Random weights for the layers that start at zero, but for the parameters that `asleep` names:
+    a branch that adds nothing would hide its mistakes."""
+    for name, p in model.named_parameters():
+        if not p.any() and not any(part in name for part in asleep):
+            nn.init.normal_(p, std=0.3)
+    return model
+
+
+@pytest.fixture(scope="module")
+def unet():
+    torch.manual_seed(0)
+    return wake(UNet3D(CONFIG)).requires_grad_(False)
+
+
+def make_inputs(b=2, frames=3, height=4, width=8, tokens=5, given=False):
+    """Arguments of UNet3D.forward; the second half of the tokens of sample 0 is padding."""
+    inputs = {
+        "x": torch.randn(b, 3, frames, height, width),
+        "t": torch.linspace(900, 100, b).long(),
+        "context": torch.randn(b, tokens, 12),
+        "context_mask": torch.ones(b, tokens, dtype=torch.bool),
+        "fps": torch.linspace(4, 12, b),
+    }
+    inputs["context_mask"][0, tokens // 2 :] = False
+    if given:
+        inputs["given"] = torch.randn_like(inputs["x"])
+        inputs["given_mask"] = torch.zeros(b, frames, dtype=torch.bool)
+        inputs["given_mask"][:, 0] = True
+    return inputs
+
+
+def distance(unet, inputs, **changes):
+    """Largest change of each sample's output when some inputs change, (b,)."""
+    with torch.no_grad():
+        return (unet(**inputs) - unet(**{**inputs, **changes})).abs().amax((1, 2, 3, 4))
+
+
+def reach(unet, frame=1, **options):
+    """How strongly each input frame, noisy and given, reaches output `frame`: (f,), the largest
+    gradient of a random projection of that frame. Zero only where the Jacobian is zero."""
+    inputs = make_inputs(given=True)
+    inputs["given_mask"][:] = True
+    sources = [inputs["x"].requires_grad_(), inputs["given"].requires_grad_()]
+    y = unet(**inputs, **options)[:, :, frame]
+    grads = torch.autograd.grad((y * torch.randn_like(y)).sum(), sources)
+    return torch.stack([g.abs().amax((0, 1, 3, 4)) for g in grads]).amin(0)
+
+
+# ------------------------------------------------------------------------------ attention
+
+
+@pytest.mark.parametrize("device", [
+    "cpu",
+    pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")),
+])
+@pytest.mark.parametrize("mask_shape", [None, (2, 1, 1, 7), (5, 7), (2, 3, 5, 7)])
+def test_attention_equals_the_fused_kernel(mask_shape, device):
+    q, k, v = (torch.randn(2, 3, n, 8, device=device) for n in (5, 7, 7))
+    mask = None
+    if mask_shape:
+        mask = torch.rand(mask_shape, device=device) < 0.5
+        mask[..., 0] = True
+    expected = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    torch.testing.assert_close(attention(q, k, v, mask), expected, rtol=1e-5, atol=1e-5)
+
+
+def reference(layer, kv_width=None):
+    """nn.MultiheadAttention with the weights of one of the attention layers."""
+    width = layer.out.in_features
+    kv_width = kv_width or width
+    mha = nn.MultiheadAttention(width, layer.heads, kdim=kv_width, vdim=kv_width, batch_first=True)
+    state = {"out_proj.weight": layer.out.weight, "out_proj.bias": layer.out.bias}
+    state["in_proj_bias"] = torch.zeros(3 * width)
+    if kv_width == width:
+        state["in_proj_weight"] = layer.qkv.weight
+    else:
+        state["q_proj_weight"] = layer.q.weight
+        state["k_proj_weight"], state["v_proj_weight"] = layer.kv.weight.chunk(2)
+    mha.load_state_dict(state)
+    return lambda q, kv, **options: mha(q, kv, kv, need_weights=False, **options)[0]
+
+
+@torch.no_grad()
+def test_spatial_attention_equals_torch():
+    layer, x = wake(SpatialAttention(32, 16)), torch.randn(2, 3, 5, 32)
+    y = layer.norm(x).flatten(0, 1)
+    expected = x + reference(layer)(y, y).unflatten(0, (2, 3))
+    torch.testing.assert_close(layer(x), expected, rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_temporal_attention_equals_torch(monkeypatch):
+    monkeypatch.setattr(unet3d, "rotary", lambda x, positions: x)  # PyTorch's has no positions
+    layer, x = wake(TemporalAttention(32, 16)), torch.randn(2, 3, 5, 32)
+    y = layer.norm(x).transpose(1, 2).flatten(0, 1)  # a sequence per place
+    expected = x + reference(layer)(y, y).unflatten(0, (2, 5)).transpose(1, 2)
+    torch.testing.assert_close(layer(x), expected, rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_cross_attention_equals_torch():
+    layer, x = wake(CrossAttention(32, 16, 12)), torch.randn(2, 3, 5, 32)
+    words, mask = torch.randn(2, 6, 12), torch.arange(6) < torch.tensor([[6], [2]])
+    y = reference(layer, 12)(layer.norm(x).flatten(1, 2), words, key_padding_mask=~mask)
+    expected = x + y.unflatten(1, (3, 5))
+    torch.testing.assert_close(layer(x, words, mask), expected, rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_temporal_attention_knows_the_order_of_frames():
+    layer, x = wake(TemporalAttention(32, 16)), torch.randn(2, 4, 5, 32)
+    order = [2, 0, 3, 1]
+    assert (layer(x[:, order]) - layer(x)[:, order]).abs().max() > 1e-3
+    alone = torch.cat([layer(x[:, i : i + 1]) for i in range(4)], dim=1)
+    torch.testing.assert_close(layer(x, frames_are_images=True), alone)
+
+
+def test_rotary_is_relative_and_keeps_the_norm():
+    q, k = torch.randn(2, 1, 16).expand(2, 24, 16)  # the same vectors at 24 positions
+    positions = torch.arange(24)
+    q_rotated, k_rotated = rotary(q, positions), rotary(k, positions)
+    torch.testing.assert_close(q_rotated.norm(dim=-1), q.norm(dim=-1))
+    dots = q_rotated @ k_rotated.T
+    for offset in (-5, 0, 1, 12):
+        diagonal = dots.diagonal(offset)
+        torch.testing.assert_close(diagonal, diagonal[:1].expand_as(diagonal), rtol=0, atol=1e-4)
+    torch.testing.assert_close(dots[0, 0], q[0] @ k[0])
+    assert dots[0].unique().numel() == 24  # and differs from one offset to the next
+
+
+# ------------------------------------------------------------------------------ what words do
+
+
+@torch.no_grad()
+def test_words_are_a_set_and_padding_is_nothing():
+    layer, x = wake(CrossAttention(32, 16, 12)), torch.randn(2, 3, 5, 32)
+    words, mask = torch.randn(2, 6, 12), torch.arange(6) < torch.tensor([[6], [3]])
+    y = layer(x, words, mask)
+    order = torch.randperm(6)  # the order is the text encoder's business: words arrive knowing it
+    torch.testing.assert_close(layer(x, words[:, order], mask[:, order]), y)
+    padding = torch.where(mask[..., None], words, 100.0)
+    assert torch.equal(layer(x, padding, mask), y)
+    torch.testing.assert_close(layer(x[1:], words[1:, :3], mask[1:, :3]), y[1:])
+    assert (layer(x, words, torch.ones_like(mask))[1] - y[1]).abs().max() > 1e-3
+    real = torch.where(mask[..., None], words + 1, words)
+    assert ((layer(x, real, mask) - y).abs().amax((1, 2, 3)) > 1e-3).all()
+
+
+def test_unet_reads_words_but_no_padding(unet):
+    inputs = make_inputs()
+    context, mask = inputs["context"], inputs["context_mask"]
+    padding = torch.where(mask[..., None], context, 100.0)
+    assert distance(unet, inputs, context=padding).max() == 0
+    longer, longer_mask = F.pad(context, (0, 0, 0, 4), value=9.0), F.pad(mask, (0, 4))
+    assert distance(unet, inputs, context=longer, context_mask=longer_mask).max() < 1e-4
+    words = torch.where(mask[..., None], context + 1, context)
+    assert distance(unet, inputs, context=words).min() > 1e-3
+    change = distance(unet, inputs, context_mask=torch.ones_like(mask))
+    assert change[0] > 1e-3 and change[1] == 0  # only sample 0 has padding
+
+
+# ------------------------------------------------------------------------------ frames
+
+
+def test_output_starts_at_zero():
+    assert not UNet3D(CONFIG)(**make_inputs(given=True)).any()
+
+
+def test_frames_are_independent_at_initialisation_only():
+    new = UNet3D(CONFIG)
+    nn.init.normal_(new.conv_out.weight)  # which is zero too, and would hide everything
+    strength = reach(new)
+    assert strength[1] > 0 and not strength[[0, 2]].any()
+    # Of all zero layers it is the temporal attention's that keep frames apart.
+    strength = reach(wake(UNet3D(CONFIG), asleep=["temporal.out"]))
+    assert strength[1] > 0 and not strength[[0, 2]].any()
+    assert (reach(wake(UNet3D(CONFIG))) > 1e-4).all()
+
+
+@pytest.mark.parametrize("frame", [0, 2])
+def test_image_frames_never_leak(unet, frame):
+    strength = reach(unet, frame, frames_are_images=True)
+    others = [i for i in range(3) if i != frame]
+    assert strength[frame] > 0 and not strength[others].any()  # exactly zero
+    assert (reach(unet, frame, frames_are_images=False) > 1e-4).all()
+
+
+def test_given_frames_are_seen(unet):
+    inputs = make_inputs(given=True)
+    given, mask = inputs["given"], inputs["given_mask"]
+    shown = mask[:, None, :, None, None]
+    seen, hidden = torch.where(shown, given + 1, given), torch.where(shown, given, given + 1)
+    assert distance(unet, inputs, given=seen).min() > 1e-3
+    assert distance(unet, inputs, given=hidden).max() == 0
+    # A black frame given and no frame given are different things: the mask is an input too.
+    black = {**inputs, "given": torch.zeros_like(given)}
+    assert distance(unet, black, given_mask=torch.zeros_like(mask)).min() > 1e-3
+    nothing = {"given": None, "given_mask": None}
+    assert distance(unet, {**inputs, "given_mask": torch.zeros_like(mask)}, **nothing).max() == 0
+
+
+def test_given_frame_reaches_the_other_frames(unet):
+    inputs = make_inputs(given=True)
+    with torch.no_grad():
+        change = unet(**inputs) - unet(**{**inputs, "given": inputs["given"] + 1})
+    assert (change.abs().amax((1, 3, 4)) > 1e-4).all()  # b f
+
+
+def test_frames_know_their_position(unet):
+    inputs = make_inputs(frames=4)
+    inputs["x"] = inputs["x"][:, :, :1].expand(-1, -1, 4, -1, -1)  # four times the same frame
+    with torch.no_grad():
+        y = unet(**inputs, frames_are_images=True).transpose(1, 2).flatten(2)  # b f (c h w)
+    apart = torch.cdist(y, y, p=torch.inf) + 1e9 * torch.eye(4)
+    assert apart.min() > 1e-3
+
+
+# ------------------------------------------------------------------------------ other inputs
+
+
+def test_timestep_and_frame_rate_are_seen(unet):
+    inputs = make_inputs()
+    assert distance(unet, inputs, fps=2 * inputs["fps"]).min() > 1e-3
+    assert distance(unet, inputs, t=inputs["t"] - 1).min() > 1e-5
+
+
+def test_sinusoidal_features():
+    x = torch.tensor([0.0, 0.3])
+    features = sinusoidal(x, 8, 1000)
+    angles = x[:, None] * torch.tensor([1.0, 10.0, 100.0, 1000.0])
+    expected = torch.cat([angles.cos(), angles.sin()], dim=-1)
+    torch.testing.assert_close(features, expected, rtol=0, atol=1e-4)
+    for values, highest in (
+        (torch.arange(1000) / 1000, 1000),  # as UNet3D.embedding asks for t, fps and position
+        (torch.arange(1, 61).log(), 100),
+        ((torch.arange(48) + 0.5) / 48, 100),
+    ):
+        features = sinusoidal(values, 64, highest)
+        apart = torch.cdist(features, features) + 1e9 * torch.eye(len(values))
+        assert apart.min() > 0.1
+
+
+def test_samples_of_a_batch_are_independent(unet):
+    inputs = make_inputs(b=3, given=True)
+    with torch.no_grad():
+        together = unet(**inputs)
+        for i in range(3):
+            alone = unet(**{name: value[i : i + 1] for name, value in inputs.items()})
+            torch.testing.assert_close(together[i : i + 1], alone, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("frames, height, width", [(1, 4, 4), (5, 8, 2), (24, 2, 4)])
+def test_other_frame_counts_and_sizes(unet, frames, height, width):
+    inputs = make_inputs(frames=frames, height=height, width=width)
+    with torch.no_grad():
+        y = unet(**inputs)
+    assert y.shape == inputs["x"].shape and y.isfinite().all()
+
+
+@pytest.mark.parametrize("height, width", [(5, 4), (4, 5)])
+def test_sides_that_do_not_divide_are_refused(unet, height, width):
+    with pytest.raises(ValueError, match="divide by 2"):
+        unet(**make_inputs(height=height, width=width))
+
+
+# ------------------------------------------------------------------------------ configurations
+
+
+@pytest.mark.parametrize("bad", [
+    {"blocks": (1, 1, 1)}, {"widths": (16,)}, {"attention": (True,)}, {"widths": (16, 24)},
+])
+def test_a_bad_configuration_is_refused(bad):
+    values = {**vars(CONFIG), **bad}
+    with pytest.raises(ValueError):
+        UNet3D(UNet3DConfig(**values))
+
+
+@pytest.mark.parametrize("levels, mixes", [
+    ((True, True), True), ((False, True), True), ((False, False), False),
+])
+def test_attention_only_where_the_configuration_says(levels, mixes):
+    unet = wake(UNet3D(UNet3DConfig(**{**vars(CONFIG), "attention": levels})))
+    for part, expected in (("down.0.", levels[0]), ("up.0.", levels[0]), ("middle.", levels[1])):
+        names = [name for name, _ in unet.named_parameters() if name.startswith(part)]
+        for layer in ("spatial", "temporal", "cross", "feed_forward"):
+            assert any(layer in name for name in names) == expected
+    strength = reach(unet)
+    assert strength[1] > 0 and bool(strength[[0, 2]].any()) == mixes
+
+
+def test_every_parameter_gets_a_gradient():
+    config = UNet3DConfig(**{**vars(CONFIG), "blocks": (2, 2)})
+    unet = wake(UNet3D(config))
+    unet(**make_inputs(given=True)).square().sum().backward()
+    for name, p in unet.named_parameters():
+        assert p.grad is not None and p.grad.any() and p.grad.isfinite().all(), name
+
+
+def test_autocast(unet):
+    inputs = make_inputs(given=True)
+    with torch.no_grad():
+        expected = unet(**inputs)
+        with torch.autocast("cpu", torch.bfloat16):
+            y = unet(**inputs)
+    assert y.is_floating_point() and y.isfinite().all()
+    error = (y.float() - expected).square().mean().sqrt() / expected.std()
+    assert error < 0.1  # bfloat16 has 8 bits
+
+
+# ------------------------------------------------------------------------------ presets
+
+
+def on_paper(config):
+    """The model without memory for its weights: shapes only, in no time."""
+    with torch.device("meta"):
+        return UNet3D(config)
+
+
+def test_presets_have_the_promised_size():
+    from train import PRESETS
+
+    for name, preset in PRESETS.items():
+        unet = preset.unet
+        assert unet.channels == preset.vae.latent_channels, name
+        assert unet.latent_size * preset.vae.factor == preset.size, name
+        assert unet.text_width == preset.text.width, name
+    for name, low, high in (("ucf101", 40e6, 60e6), ("ucf101-256", 120e6, 180e6)):
+        size = sum(p.numel() for p in on_paper(PRESETS[name].unet).parameters())
+        assert low < size < high, name
+
+
+def test_presets_can_be_trained():
+    from train import PRESETS
+
+    noise = 0.02 * torch.randn(2**25)  # weights are slices of it: 150 M draws would take seconds
+    for preset in PRESETS.values():
+        unet, weights = on_paper(preset.unet), {}
+        for name, p in unet.named_parameters():
+            values = noise[: p.numel()].view(p.shape) if p.ndim > 1 else torch.ones(p.shape)
+            weights[name] = values.detach().requires_grad_()
+        x = torch.randn(1, unet.config.channels, 2, 8, 8)
+        context, mask = torch.randn(1, 3, unet.config.text_width), torch.ones(1, 3, dtype=torch.bool)
+        inputs = (x, torch.tensor([500]), context, mask, torch.tensor([8.0]))
+        y = torch.func.functional_call(unet, weights, inputs)
+        assert y.shape == x.shape
+        grads = torch.autograd.grad(y.square().mean(), list(weights.values()))
+        assert all(g.isfinite().all() and g.any() for g in grads)
