@@ -23,7 +23,8 @@ from tqdm import tqdm
 from data import BACKGROUND, COLOURS, FPS, GROWTH, MOTIONS, POLYGONS, REACH, SIZE, SPEED, SPIN
 from data import MovingShapes, atomic_path, rates, render, shape_distance
 from diffusion import SAMPLERS
-from sample import GUIDANCE, SAMPLER, STEPS, load_pipeline, number, pick_device, run_command
+from sample import GUIDANCE, SAMPLER, STEPS, Parser
+from sample import load_pipeline, number, pick_device, run_command
 
 # ------------------------------------------------------------------------------ caption oracle
 
@@ -240,9 +241,7 @@ def measure_captions(args):
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--fake", required=True, help="a checkpoint (model.pt), or shapes")
     parser.add_argument("--metrics", nargs="+", choices=["captions"], default=["captions"])
     parser.add_argument(

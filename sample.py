@@ -13,8 +13,10 @@ The path of each file written goes to stdout, everything else to stderr.
 """
 
 import argparse
+import os
 import re
 import sys
+import warnings
 from pathlib import Path
 
 import torch
@@ -48,6 +50,13 @@ def run_command(command):
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+
+
+class Parser(argparse.ArgumentParser):
+    """Says in one line what is wrong, without argparse's summary of every option."""
+
+    def error(self, message):
+        self.exit(2, f"error: {message} (--help lists the options)\n")
 
 
 def number(kind, low, high):
@@ -89,9 +98,11 @@ def load_checkpoint(path, *parts):
     if not path.is_file():
         raise UserError(f"no checkpoint at {path}: check the path, or train one with train.py")
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of a foreign pickle, one error says enough
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # truncated archives and foreign files fail in many ways
-        reason = str(error).splitlines()[0][:80]
+        reason = (str(error) or type(error).__name__).splitlines()[0][:80]
         raise UserError(f"{path} is not a readable checkpoint ({reason})") from error
     missing = [p for p in parts if not isinstance(checkpoint, dict) or p not in checkpoint]
     if missing:
@@ -217,9 +228,7 @@ def load_pipeline(path=CHECKPOINT, device="cpu"):
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("prompt", help="what should happen, in words")
     parser.add_argument("--checkpoint", default=CHECKPOINT, help="a model.pt (the shipped one)")
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
@@ -273,12 +282,10 @@ def output_paths(args):
         slug = re.sub(r"\W+", "-", normalize(args.prompt)).strip("-")[:60] or "video"
         suffix = args.format or "gif"
         paths = [args.out / f"{slug}-{args.seed + i}.{suffix}" for i in range(args.num)]
-    try:
-        paths[0].parent.mkdir(parents=True, exist_ok=True)
-        with open(paths[0], "ab"):  # fails now rather than after the work
-            pass
-        if not paths[0].stat().st_size:
-            paths[0].unlink()
+    try:  # fails now rather than after the work, and leaves nothing behind
+        folder = next(p for p in paths[0].absolute().parents if p.exists())
+        if not (folder.is_dir() and os.access(folder, os.W_OK)) or paths[0].is_dir():
+            raise UserError(f"cannot write {paths[0]}: choose another --out")
     except OSError as error:
         raise UserError(f"cannot write {paths[0]}: {error.strerror}") from error
     return paths
@@ -301,7 +308,10 @@ def main():
     except ValueError as error:
         raise UserError(error) from error
     for path, video in zip(paths, videos):
-        write_video(path, video, args.fps, args.upscale)
+        try:
+            write_video(path, video, args.fps, args.upscale)
+        except OSError as error:
+            raise UserError(f"cannot write {path}: {error.strerror or error}") from error
         print(path)
 
 

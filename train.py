@@ -27,9 +27,9 @@ import torch
 from einops import rearrange
 from tqdm import tqdm
 
-from data import FRAMES, MovingShapes, atomic_path, contact_sheet, to_model, to_uint8, write_video
+from data import MovingShapes, atomic_path, contact_sheet, to_model, to_uint8, write_video
 from diffusion import DiffusionConfig, NoiseSchedule, diffusion_loss
-from sample import Pipeline, UserError, autocast, load_checkpoint, load_pipeline, number
+from sample import Parser, Pipeline, UserError, autocast, load_checkpoint, load_pipeline, number
 from sample import pack, pick_device, run_command, unpack
 from text_encoder import TextEncoder, TextEncoderConfig, Tokenizer
 from unet3d import UNet3D, UNet3DConfig
@@ -87,7 +87,7 @@ PRESETS = {
         unet=UNet3DConfig(),
         diffusion=DiffusionConfig(shift=2.0),
         diffusion_training=TrainConfig(
-            steps=7500, batch_size=16, lr=1e-3, optimizer="muon"
+            steps=7100, batch_size=16, lr=1e-3, decay=0.65, optimizer="muon"
         ),
     ),
     "ucf101": Preset(
@@ -142,13 +142,17 @@ def learning_rate(step, config):
 def orthogonalize(g, steps=5):
     """The nearest (semi-)orthogonal matrix to g, roughly: singular values pulled to about 1.
 
-    Newton-Schulz iteration of Jordan 2024 (Muon), with its coefficients. g: (rows, columns).
+    Newton-Schulz iteration of Jordan 2024 (Muon): x <- (a + b x x' + c (x x')^2) x. The factors act
+    from the left, so they are multiplied together in a small square matrix first.
     """
     x = g.T if g.shape[0] > g.shape[1] else g
     x = x / (x.norm() + 1e-7)  # the iteration converges for singular values up to 1
+    gram, identity = x @ x.T, torch.eye(len(x), device=x.device, dtype=x.dtype)
+    product = identity
     for _ in range(steps):
-        a = x @ x.T
-        x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
+        factor = 3.4445 * identity - 4.7750 * gram + 2.0315 * gram @ gram
+        product, gram = factor @ product, factor @ gram @ factor
+    x = product @ x
     return x.T if g.shape[0] > g.shape[1] else x
 
 
@@ -235,8 +239,12 @@ class Run:
             for name, optimizer in self.optimizers.items():
                 optimizer.load_state_dict(state["optimizers"][name])
             self.start = state["step"]
-        elif last.is_file() and load_checkpoint(last, "stage")["stage"] == self.stage:
-            raise UserError(f"{last} is a {self.stage} run: add --resume, or choose another --out")
+        elif last.is_file():
+            found = load_checkpoint(last, "stage")["stage"]
+            if found == self.stage:
+                raise UserError(f"{last} is a {found} run: add --resume, or choose another --out")
+            if found == "diffusion":  # a new VAE would make its UNet worthless
+                raise UserError(f"{last} is a {found} run: choose another --out")
         try:
             (self.out / "samples").mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -248,7 +256,9 @@ class Run:
     def _rewind_log(self):
         """Drop log lines of this stage from after the checkpoint: those steps come again."""
         path = self.out / "log.jsonl"
-        lines = [json.loads(line) for line in path.open()] if path.is_file() else []
+        lines = path.read_text().splitlines(keepends=True) if path.is_file() else []
+        # A full disk may have cut the last line short.
+        lines = [json.loads(line) for line in lines if line.endswith("\n")]
         lines = [r for r in lines if r["stage"] != self.stage or r["step"] <= self.start]
         with atomic_path(path) as temporary:
             temporary.write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -536,6 +546,8 @@ def train_diffusion(args, preset, device):
     dataset = MovingShapes(config.videos, seed=args.seed, size=preset.size)
     cache = run.out / "latents.pt"
     captions, fps, latents = encode_dataset(vae.to(device), dataset, device, cache)
+    if run.resume:  # with other --videos the captions differ, but the tokens must stay the same
+        tokenizer = load_pipeline(run.out / "model.pt").tokenizer
     tokenizer = tokenizer or Tokenizer.train(captions, preset.text.vocab_size)
     length = text_encoder.config.context_length
     # The last row is the null caption.
@@ -576,8 +588,9 @@ def train_diffusion(args, preset, device):
         ema.update(model, step)
         run.log(step, loss=loss.item(), grad=grad_norm)
         if run.due(step):
-            run.save(step)
+            # In this order, so that where there is a last.pt to resume from there is a model.pt.
             save_pipeline(pipeline, run.out / "model.pt")
+            run.save(step)
             draw_samples(pipeline, run.out / f"samples/step_{step + 1:06d}.gif")
     print(f'python sample.py "{PROMPTS[0]}" --checkpoint {run.out / "model.pt"}')
 
@@ -601,9 +614,7 @@ def draw_samples(pipeline, path):
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("stage", choices=["vae", "diffusion"], help="which half to train")
     parser.add_argument("--data", default="shapes", help="shapes: the built-in captioned clips")
     parser.add_argument("--out", required=True, help="the run folder, for example runs/shapes")

@@ -1,9 +1,52 @@
-"""Makes the flat modules importable from the tests, and leaves room for others on the machine."""
+"""Makes the flat modules importable from the tests, leaves room for others on the machine, and
+builds one tiny model that several tests share."""
 
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="session")
+def tiny_pipeline():
+    """A whole Pipeline, small enough to run in no time: 32x32 frames, 4x4 latents, random weights.
+
+    The layers that start at zero are random too, or they would hide what the others do.
+    """
+    from data import MovingShapes
+    from diffusion import DiffusionConfig, NoiseSchedule
+    from sample import Pipeline
+    from text_encoder import TextEncoder, TextEncoderConfig, Tokenizer
+    from unet3d import UNet3D, UNet3DConfig
+    from vae import AutoencoderKL, VAEConfig
+
+    unet = UNet3DConfig(
+        latent_size=4, widths=(32, 32), blocks=(1, 1), attention=(True, True), head_width=16,
+        text_width=32, embedding_width=32, groups=4,
+    )
+    text = TextEncoderConfig(context_length=100, width=32, depth=1, heads=2)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        vae = AutoencoderKL(VAEConfig(widths=(16, 32, 32), groups=4))
+        models = TextEncoder(text), UNet3D(unet), vae
+        for model in models:
+            for p in model.eval().requires_grad_(False).parameters():
+                if not p.any():
+                    p.normal_(0, 0.1)
+    dataset = MovingShapes(200)
+    tokenizer = Tokenizer.train(dataset.describe(i)[0] for i in range(len(dataset)))
+    return Pipeline(tokenizer, *models, NoiseSchedule(DiffusionConfig(shift=2.0)))
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tiny_pipeline, tmp_path_factory):
+    """`tiny_pipeline` as a model.pt. Not to be changed: copy it first."""
+    from train import save_pipeline
+
+    path = tmp_path_factory.mktemp("tiny") / "model.pt"
+    save_pipeline(tiny_pipeline, path)
+    return path

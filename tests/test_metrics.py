@@ -140,10 +140,17 @@ def test_a_coloured_fringe_is_not_an_object():
 
 
 def test_a_close_neighbour_does_not_disturb():
-    left = Thing("yellow", "triangle", "small", ("spins",), 24.0, 32.0, 0.2)
-    right = Thing("blue", "square", "", ("stays still",), 42.5, 32.0, 0.6)
-    result = caption_accuracy([[left, right]], [render([left, right])], FPS)
-    assert result["all"] == 1
+    left = Thing("yellow", "circle", "small", ("stays still",), 16.4, 32.0, 0.0)
+    right = Thing("blue", "square", "", ("left",), 54.0, 32.0, 0.1)
+    video = render([left, right])  # the square ends two pixels from the circle
+    assert caption_accuracy([[left, right]], [video], FPS)["all"] == 1
+
+
+def test_a_speck_does_not_disturb():
+    thing = Thing("green", "triangle", "small", ("grows", "spins"), 40.0, 40.0, 0.0)
+    video = render([thing])
+    video[5:, 2:5, 2:5] = COLOURS["green"]
+    assert read_things(video, FPS) == [Reading("green", "triangle", ("grows", "spins"))]
 
 
 def test_absence_is_not_standing_still():
@@ -152,6 +159,8 @@ def test_absence_is_not_standing_still():
     assert read_things(video, FPS)[0].actions == ("right", "grows")
     video[9:] = BACKGROUND
     assert read_things(video, FPS)[0].actions == ("right", None)
+    video = render([THING])
+    video[4:] = BACKGROUND  # most are missing, and noise must not pass for the object
     noise = np.random.default_rng(0).normal(0, 8, video.shape)
     noisy = (video + noise).round().clip(0, 255).astype(np.uint8)
     assert read_things(noisy, FPS)[0].actions == ("right", None)

@@ -59,14 +59,14 @@ def distance(unet, inputs, **changes):
 
 
 def reach(unet, frame=1, **options):
-    """How strongly each input frame, noisy and given, reaches output `frame`: (f,), the largest
-    gradient of a random projection of that frame. Zero only where the Jacobian is zero."""
+    """How strongly each input frame reaches output `frame`: (2, f), noisy and given frames, the
+    largest gradient of a random projection of the output. Zero only where the Jacobian is zero."""
     inputs = make_inputs(given=True)
     inputs["given_mask"][:] = True
     sources = [inputs["x"].requires_grad_(), inputs["given"].requires_grad_()]
     y = unet(**inputs, **options)[:, :, frame]
     grads = torch.autograd.grad((y * torch.randn_like(y)).sum(), sources)
-    return torch.stack([g.abs().amax((0, 1, 3, 4)) for g in grads]).amin(0)
+    return torch.stack([g.abs().amax((0, 1, 3, 4)) for g in grads])
 
 
 # ------------------------------------------------------------------------------ attention
@@ -78,13 +78,16 @@ def reach(unet, frame=1, **options):
 ])
 @pytest.mark.parametrize("mask_shape", [None, (2, 1, 1, 7), (5, 7), (2, 3, 5, 7)])
 def test_attention_equals_the_fused_kernel(mask_shape, device):
-    q, k, v = (torch.randn(2, 3, n, 8, device=device) for n in (5, 7, 7))
+    q, k, v = (torch.randn(2, 3, n, 8) for n in (5, 7, 7))
     mask = None
     if mask_shape:
-        mask = torch.rand(mask_shape, device=device) < 0.5
+        mask = torch.rand(mask_shape) < 0.5
         mask[..., 0] = True
     expected = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-    torch.testing.assert_close(attention(q, k, v, mask), expected, rtol=1e-5, atol=1e-5)
+    q, k, v = (tensor.to(device) for tensor in (q, k, v))
+    y = attention(q, k, v, mask if mask is None else mask.to(device)).cpu()
+    tolerance = 1e-5 if device == "cpu" else 1e-3  # a GPU may multiply in TF32
+    torch.testing.assert_close(y, expected, rtol=tolerance, atol=tolerance)
 
 
 def reference(layer, kv_width=None):
@@ -130,12 +133,15 @@ def test_cross_attention_equals_torch():
 
 
 @torch.no_grad()
-def test_temporal_attention_knows_the_order_of_frames():
+def test_temporal_attention_knows_the_order_of_frames(monkeypatch):
     layer, x = wake(TemporalAttention(32, 16)), torch.randn(2, 4, 5, 32)
-    order = [2, 0, 3, 1]
-    assert (layer(x[:, order]) - layer(x)[:, order]).abs().max() > 1e-3
+    y, order = layer(x), [2, 0, 3, 1]
+    assert (layer(x[:, order]) - y[:, order]).abs().max() > 1e-3
     alone = torch.cat([layer(x[:, i : i + 1]) for i in range(4)], dim=1)
     torch.testing.assert_close(layer(x, frames_are_images=True), alone)
+    # Only differences of positions count: a clip may start anywhere.
+    monkeypatch.setattr(unet3d, "rotary", lambda x, positions: rotary(x, positions + 7))
+    torch.testing.assert_close(layer(x), y, rtol=1e-4, atol=1e-4)
 
 
 def test_rotary_is_relative_and_keeps_the_norm():
@@ -193,10 +199,10 @@ def test_frames_are_independent_at_initialisation_only():
     new = UNet3D(CONFIG)
     nn.init.normal_(new.conv_out.weight)  # which is zero too, and would hide everything
     strength = reach(new)
-    assert strength[1] > 0 and not strength[[0, 2]].any()
+    assert (strength[:, 1] > 0).all() and not strength[:, [0, 2]].any()
     # Of all zero layers it is the temporal attention's that keep frames apart.
     strength = reach(wake(UNet3D(CONFIG), asleep=["temporal.out"]))
-    assert strength[1] > 0 and not strength[[0, 2]].any()
+    assert (strength[:, 1] > 0).all() and not strength[:, [0, 2]].any()
     assert (reach(wake(UNet3D(CONFIG))) > 1e-4).all()
 
 
@@ -204,7 +210,7 @@ def test_frames_are_independent_at_initialisation_only():
 def test_image_frames_never_leak(unet, frame):
     strength = reach(unet, frame, frames_are_images=True)
     others = [i for i in range(3) if i != frame]
-    assert strength[frame] > 0 and not strength[others].any()  # exactly zero
+    assert (strength[:, frame] > 0).all() and not strength[:, others].any()  # exactly zero
     assert (reach(unet, frame, frames_are_images=False) > 1e-4).all()
 
 
@@ -282,7 +288,7 @@ def test_other_frame_counts_and_sizes(unet, frames, height, width):
 
 @pytest.mark.parametrize("height, width", [(5, 4), (4, 5)])
 def test_sides_that_do_not_divide_are_refused(unet, height, width):
-    with pytest.raises(ValueError, match="divide by 2"):
+    with pytest.raises(ValueError, match="2$"):
         unet(**make_inputs(height=height, width=width))
 
 
@@ -290,7 +296,8 @@ def test_sides_that_do_not_divide_are_refused(unet, height, width):
 
 
 @pytest.mark.parametrize("bad", [
-    {"blocks": (1, 1, 1)}, {"widths": (16,)}, {"attention": (True,)}, {"widths": (16, 24)},
+    {"blocks": (1, 1, 1)}, {"widths": (16,)}, {"widths": (16, 24)},
+    {"attention": (True,)}, {"attention": (True, True, True)},
 ])
 def test_a_bad_configuration_is_refused(bad):
     values = {**vars(CONFIG), **bad}
@@ -308,7 +315,8 @@ def test_attention_only_where_the_configuration_says(levels, mixes):
         for layer in ("spatial", "temporal", "cross", "feed_forward"):
             assert any(layer in name for name in names) == expected
     strength = reach(unet)
-    assert strength[1] > 0 and bool(strength[[0, 2]].any()) == mixes
+    assert (strength[:, 1] > 0).all()
+    assert bool(strength[:, [0, 2]].any()) == mixes
 
 
 def test_every_parameter_gets_a_gradient():
@@ -355,16 +363,16 @@ def test_presets_have_the_promised_size():
 def test_presets_can_be_trained():
     from train import PRESETS
 
-    noise = 0.02 * torch.randn(2**25)  # weights are slices of it: 150 M draws would take seconds
+    noise = 0.02 * torch.randn(2**24)  # weights are slices of it: 150 M draws would take seconds
     for preset in PRESETS.values():
         unet, weights = on_paper(preset.unet), {}
         for name, p in unet.named_parameters():
             values = noise[: p.numel()].view(p.shape) if p.ndim > 1 else torch.ones(p.shape)
             weights[name] = values.detach().requires_grad_()
         x = torch.randn(1, unet.config.channels, 2, 8, 8)
-        context, mask = torch.randn(1, 3, unet.config.text_width), torch.ones(1, 3, dtype=torch.bool)
+        context, mask = torch.randn(1, 3, unet.config.text_width), torch.ones(1, 3).bool()
         inputs = (x, torch.tensor([500]), context, mask, torch.tensor([8.0]))
         y = torch.func.functional_call(unet, weights, inputs)
         assert y.shape == x.shape
         grads = torch.autograd.grad(y.square().mean(), list(weights.values()))
-        assert all(g.isfinite().all() and g.any() for g in grads)
+        assert all(0 < g.norm() < torch.inf for g in grads)

@@ -99,9 +99,9 @@ def test_factor_and_shapes(patch, widths, factor):
 @pytest.mark.parametrize("height, width", [(18, 16), (16, 18), (2, 2)])
 def test_sides_that_do_not_divide_are_refused(height, width):
     vae = AutoencoderKL(CONFIG)
-    with pytest.raises(ValueError, match="divide by 4"):
+    with pytest.raises(ValueError, match="4$"):
         vae.encode(torch.zeros(1, 3, height, width))
-    with pytest.raises(ValueError, match="divide by 4"):
+    with pytest.raises(ValueError, match="4$"):
         vae.encode_video(torch.zeros(1, 3, 2, height, width))
 
 
@@ -292,7 +292,7 @@ def test_vgg_equals_torchvision_layout(vgg):
             x = layer(x)
         return outputs
 
-    x, y = smooth_frames(2), smooth_frames(2)
+    x, y = smooth_frames(1, 32), smooth_frames(1, 32)
     expected = stages(x)
     assert len(expected) == 5
     torch.testing.assert_close(features.features(x), expected, rtol=1e-3, atol=1e-4)

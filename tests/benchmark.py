@@ -1,0 +1,72 @@
+"""Speeds that the README states. Not a test: timings depend on the machine and on what else it does.
+
+    python tests/benchmark.py shapes      # captioned clips rendered per second, on one core
+    python tests/benchmark.py train       # training steps of the shapes preset, clips per second
+    python tests/benchmark.py start       # seconds from starting sample.py to the finished GIF
+"""
+
+import argparse
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+
+def shapes(clips=1000):
+    from data import MovingShapes
+
+    dataset = MovingShapes(clips)
+    start = time.perf_counter()
+    for i in range(clips):
+        dataset[i]
+    return {"clips per second": clips / (time.perf_counter() - start)}
+
+
+def train(steps=10, warmup=3):
+    from sample import autocast, pick_device
+    from train import PRESETS, make_optimizers
+    from unet3d import UNet3D
+
+    preset, device = PRESETS["shapes"], pick_device("auto")
+    config, batch = preset.diffusion_training, preset.diffusion_training.batch_size
+    unet = UNet3D(preset.unet).to(device)
+    optimizers = make_optimizers(unet, config)
+    x = torch.randn(batch, 4, 16, 8, 8, device=device)
+    context = torch.randn(batch, 16, preset.unet.text_width, device=device)
+    mask = torch.ones(batch, 16, dtype=torch.bool, device=device)
+    t, fps = torch.arange(batch, device=device), torch.full((batch,), 8.0, device=device)
+    for step in range(warmup + steps):
+        if step == warmup:
+            start = time.perf_counter()
+        with autocast(device):
+            loss = (unet(x, t, context, mask, fps).float() - x).square().mean()
+        loss.backward()
+        for optimizer in optimizers.values():
+            optimizer.step()
+            optimizer.zero_grad()
+        loss.item()  # waits for the GPU
+    return {"clips per second": batch * steps / (time.perf_counter() - start)}
+
+
+def start():
+    with tempfile.TemporaryDirectory() as folder:
+        begin = time.perf_counter()
+        command = [sys.executable, "sample.py", "a red circle moves right, then up", "--out", folder]
+        subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+        return {"seconds": time.perf_counter() - begin}
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("what", choices=["shapes", "train", "start"])
+    what = parser.parse_args().what
+    for name, value in {"shapes": shapes, "train": train, "start": start}[what]().items():
+        print(f"{what}: {value:.1f} {name}")

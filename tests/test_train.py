@@ -1,0 +1,686 @@
+"""Training: exact resume, what is drawn in a step, the optimizers, and what a run leaves on disk.
+
+`run_train` calls the command in this process, with the shapes preset shrunk to a tiny model that
+goes four steps and saves after the second and the last.
+"""
+
+import contextlib
+import functools
+import io
+import json
+import math
+import shlex
+import shutil
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import sample
+import train
+import vae
+from data import MovingShapes
+from diffusion import NoiseSchedule, diffusion_loss
+from sample import UserError, load_pipeline, run_command
+from text_encoder import END, START, TextEncoder
+from train import EMA, Muon, Run, TrainConfig, draw_given_frames, learning_rate, make_optimizers
+from train import orthogonalize
+from unet3d import UNet3D
+from vae import AutoencoderKL, VAELossConfig
+
+TRAINING = TrainConfig(
+    steps=4, batch_size=4, lr=1e-3, warmup=2, videos=6, log_every=1, save_every=2
+)
+
+
+@pytest.fixture(scope="module")
+def preset(tiny_pipeline):
+    """The shapes preset with tiny models; the autoencoder has a discriminator from the start."""
+    return replace(
+        train.PRESETS["shapes"],
+        size=32,
+        vae=tiny_pipeline.vae.config,
+        vae_loss=VAELossConfig(gan_weight=0.5, gan_start=0),
+        vae_training=TRAINING,
+        text=tiny_pipeline.text_encoder.config,
+        unet=tiny_pipeline.unet.config,
+        diffusion_training=replace(TRAINING, optimizer="muon"),
+    )
+
+
+@contextlib.contextmanager
+def patched(*triples):
+    """Replace attributes, as (object, name, value), for as long as the context lasts."""
+    with pytest.MonkeyPatch.context() as patch:
+        for target, name, value in triples:
+            patch.setattr(target, name, value)
+        yield patch
+
+
+def run_train(preset, *arguments):
+    """`python train.py ARGUMENTS` where the shapes preset is `preset`. Returns its stdout."""
+    small = functools.partial(vae.PatchDiscriminator, width=8, layers=1)
+    stdout = io.StringIO()
+    with patched(
+        (sys, "argv", ["train.py", *map(str, arguments)]), (vae, "PatchDiscriminator", small)
+    ) as patch, contextlib.redirect_stdout(stdout):
+        patch.setitem(train.PRESETS, "shapes", preset)
+        train.main()
+    return stdout.getvalue()
+
+
+def load(path):
+    return torch.load(path, weights_only=True)
+
+
+def differences(a, b, path=""):
+    """Where two checkpoints differ in the slightest: a list of paths into them."""
+    if isinstance(a, torch.Tensor):
+        return [] if a.dtype == b.dtype and torch.equal(a, b) else [path]
+    if isinstance(a, dict) and isinstance(b, dict) and a.keys() == b.keys():
+        return [d for key in a for d in differences(a[key], b[key], f"{path}/{key}")]
+    if isinstance(a, (list, tuple)) and len(a) == len(b):
+        return [d for i, (x, y) in enumerate(zip(a, b)) for d in differences(x, y, f"{path}/{i}")]
+    return [] if a == b else [path]
+
+
+def log(out):
+    """The lines of log.jsonl without what depends on the clock."""
+    lines = [json.loads(line) for line in (out / "log.jsonl").open()]
+    return [{k: v for k, v in line.items() if k != "per_second"} for line in lines]
+
+
+@pytest.fixture(scope="module")
+def finished(preset, tmp_path_factory):
+    """A run folder after both stages, and beside it what each of them printed and its last.pt.
+    Not to be changed: copy it first."""
+    out = tmp_path_factory.mktemp("runs") / "finished"
+    for stage in ("vae", "diffusion"):
+        printed = run_train(preset, stage, "--out", out)
+        (out.parent / f"{stage}.txt").write_text(printed)
+        shutil.copy(out / "last.pt", out.parent / f"{stage}.pt")
+    return out
+
+
+@pytest.fixture
+def copied(finished, tmp_path):
+    return Path(shutil.copytree(finished, tmp_path / "copied"))
+
+
+# ------------------------------------------------------------------------------ learning rate
+
+
+def test_learning_rate_rises_stays_and_falls():
+    config = TrainConfig(steps=1000, batch_size=1, lr=2.0, warmup=100, decay=0.4)
+    rates = [learning_rate(step, config) for step in range(1001)]
+    assert rates[0] == pytest.approx(0.02) and rates[49] == pytest.approx(1.0)
+    assert set(rates[99:601]) == {2.0}
+    assert rates[800] == pytest.approx(1.0) and rates[999] == pytest.approx(2 / 400)
+    assert rates[1000] == 0
+    assert rates == sorted(rates[:100]) + rates[100:600] + sorted(rates[600:], reverse=True)
+    flat = replace(config, warmup=0, decay=0)
+    assert {learning_rate(step, flat) for step in range(1000)} == {2.0}
+
+
+# ------------------------------------------------------------------------------ resume
+
+
+def interrupt(preset, arguments, at):
+    """Start a run and break it off in its update number `at`, counted from 1."""
+    update, calls = Run.update, []
+
+    def update_or_stop(self, loss):
+        calls.append(loss)
+        if len(calls) == at:
+            raise KeyboardInterrupt
+        return update(self, loss)
+
+    with patched((Run, "update", update_or_stop)), pytest.raises(KeyboardInterrupt):
+        run_train(preset, *arguments)
+
+
+def count_updates(preset, *arguments):
+    """Run to the end: how many steps were made?"""
+    update, calls = Run.update, []
+
+    def counting(self, loss):
+        calls.append(loss)
+        return update(self, loss)
+
+    with patched((Run, "update", counting)):
+        run_train(preset, *arguments)
+    return len(calls)
+
+
+@pytest.mark.parametrize("stage", ["vae", "diffusion"])
+def test_resume_is_exact(preset, finished, tmp_path, stage):
+    """Stopped in step 4, after the checkpoint of step 2 and one more logged step."""
+    arguments = (stage, "--out", tmp_path)
+    if stage == "diffusion":
+        shutil.copy(finished / "vae.pt", tmp_path)
+    interrupt(preset, arguments, at=4)
+    assert load(tmp_path / "last.pt")["step"] == 2
+    assert [line["step"] for line in log(tmp_path)] == [1, 2, 3]
+    with (tmp_path / "log.jsonl").open("a") as file:
+        file.write('{"stage": "di')  # a line cut short by a full disk
+    assert count_updates(preset, *arguments, "--resume") == 2
+
+    assert log(tmp_path) == [line for line in log(finished) if line["stage"] == stage]
+    result = {"vae": "vae.pt", "diffusion": "model.pt"}[stage]
+    assert differences(load(tmp_path / result), load(finished / result)) == []
+    ours, theirs = load(tmp_path / "last.pt"), load(finished.parent / f"{stage}.pt")
+    kept = {"vae": {"vae", "discriminator"}, "diffusion": {"model", "ema"}}[stage]
+    used = {"vae": {"adamw", "discriminator"}, "diffusion": {"muon", "adamw"}}[stage]
+    assert set(ours["models"]) == kept and set(ours["optimizers"]) == used
+    assert all(state["state"] for state in ours["optimizers"].values())
+    assert differences(ours, theirs) == []
+
+
+def test_a_finished_run_resumes_without_a_step(preset, copied):
+    before = load(copied / "last.pt")
+    assert count_updates(preset, "diffusion", "--out", copied, "--resume") == 0
+    assert differences(load(copied / "last.pt"), before) == []
+
+
+def test_tokens_stay_the_same_when_a_resumed_run_sees_other_captions(preset, copied):
+    before = load(copied / "model.pt")["tokenizer"]
+    run_train(preset, "diffusion", "--out", copied, "--resume", "--videos", 9, "--steps", 5)
+    assert load(copied / "last.pt")["step"] == 5
+    assert load(copied / "model.pt")["tokenizer"] == before
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["diffusion"], "add --resume"),
+    (["vae"], "choose another --out"),
+    (["vae", "--resume"], "diffusion stage"),
+    (["diffusion", "--resume", "--seed", 1], "--seed 0"),
+    (["diffusion", "--resume", "--preset", "ucf101"], "--preset shapes"),
+])
+def test_a_run_is_not_overwritten_by_another(preset, finished, arguments, message):
+    before = {p: p.read_bytes() for p in finished.rglob("*") if p.is_file()}
+    with patched() as patch, pytest.raises(UserError, match=message):
+        patch.setitem(train.PRESETS, "ucf101", preset)
+        run_train(preset, *arguments, "--out", finished)
+    assert {p: p.read_bytes() for p in finished.rglob("*") if p.is_file()} == before
+
+
+def test_a_user_error_is_one_line_and_status_2(preset, tmp_path, capsys):
+    """--resume without a run, and the second stage without the first."""
+    for arguments in (["vae", "--resume"], ["diffusion"], ["vae", "--steps", "0"]):
+        with pytest.raises(SystemExit) as stop:
+            run_command(lambda: run_train(preset, *arguments, "--out", tmp_path / "new"))
+        err = capsys.readouterr().err
+        assert stop.value.code == 2 and err.startswith("error: ") and err.count("\n") == 1, err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_ctrl_c_says_how_to_go_on(preset, tmp_path, capsys):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    with patched((Run, "update", stop)), pytest.raises(SystemExit) as status:
+        run_command(lambda: run_train(preset, "vae", "--out", tmp_path))
+    assert status.value.code == 130 and "--resume" in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------ what a run leaves
+
+
+def test_the_run_folder_holds_what_the_documentation_says(finished):
+    files = {p.relative_to(finished).as_posix() for p in finished.rglob("*") if p.is_file()}
+    pictures = {f"samples/vae_00000{n}.png" for n in (2, 4)}
+    pictures |= {f"samples/step_00000{n}.gif" for n in (2, 4)}
+    checkpoints = {"vae.pt", "last.pt", "model.pt", "latents.pt"}
+    assert files == checkpoints | pictures | {"config.json", "log.jsonl"}
+    config = json.loads((finished / "config.json").read_text())
+    assert config["arguments"]["stage"] == "diffusion" and config["arguments"]["seed"] == 0
+    assert config["preset"]["unet"]["widths"] == [32, 32]
+    assert config["preset"]["diffusion_training"]["optimizer"] == "muon"
+
+
+def test_every_checkpoint_is_tensors_and_plain_values(finished):
+    for path in finished.glob("*.pt"):
+        load(path)  # weights_only: raises for anything else
+    assert set(load(finished / "model.pt")) == {
+        "text_encoder", "unet", "vae", "tokenizer", "diffusion"
+    }
+
+
+def test_the_log_has_every_step_of_both_stages(finished):
+    lines = log(finished)
+    assert [(x["stage"], x["step"]) for x in lines] == [
+        (stage, step) for stage in ("vae", "diffusion") for step in (1, 2, 3, 4)
+    ]
+    common = {"stage", "step", "loss", "grad", "lr"}
+    assert set(lines[0]) == common | {"l1", "mse", "kl", "psnr", "gan", "discriminator"}
+    assert set(lines[-1]) == common
+    assert [x["lr"] for x in lines[:4]] == [learning_rate(step, TRAINING) for step in range(4)]
+
+
+def test_the_log_holds_means_over_the_steps_since_the_last_line(preset, tmp_path):
+    arguments = train.parse_args(["vae", "--out", str(tmp_path)])
+    run = Run(arguments, "vae", replace(TRAINING, steps=5, log_every=3), {"m": nn.Linear(2, 2)})
+    run.prepare()
+    for step in run.steps():
+        run.log(step, loss=10.0**step)
+    assert [(x["step"], x["loss"]) for x in log(tmp_path)] == [(3, 37.0), (5, 5500.0)]
+
+
+def test_the_last_line_is_a_command_that_works(finished, tmp_path, monkeypatch, capsys):
+    lines = [(finished.parent / f"{s}.txt").read_text() for s in ("vae", "diffusion")]
+    assert [line.count("\n") for line in lines] == [1, 1]  # all else goes to stderr
+    _, script, *arguments = shlex.split(lines[0].split("next: ")[1])
+    assert script == "train.py" and train.parse_args(arguments).stage == "diffusion"
+    assert train.parse_args(arguments).out == str(finished)
+    _, script, *arguments = shlex.split(lines[1])
+    assert script == "sample.py"
+    monkeypatch.setattr(sys, "argv", [script, *arguments, "--steps", "1", "--out", str(tmp_path)])
+    sample.main()
+    assert Path(capsys.readouterr().out.strip()).is_file()
+
+
+def test_model_pt_holds_the_averaged_weights(finished):
+    pipeline, last = load_pipeline(finished / "model.pt"), load(finished / "last.pt")["models"]
+    assert differences(last["model"], last["ema"])
+    for part in ("text_encoder", "unet"):
+        for name, value in getattr(pipeline, part).state_dict().items():
+            assert torch.equal(value, last["ema"][f"{part}.{name}"].half().float()), name
+
+
+def test_latents_of_the_training_set_have_unit_variance(finished):
+    latents = load(finished / "latents.pt")["latents"]
+    assert latents.shape == (TRAINING.videos, 4, 16, 4, 4) and latents.dtype == torch.float16
+    channels = latents.double().movedim(1, 0).flatten(1)
+    assert channels.mean(1).abs().max() < 1e-3 and (channels.std(1) - 1).abs().max() < 1e-3
+
+
+@pytest.mark.parametrize("stage, start", [
+    ("vae", "vae.pt"), ("vae", "model.pt"), ("diffusion", "vae.pt"), ("diffusion", "model.pt")
+])
+def test_init_starts_from_trained_weights(preset, finished, tmp_path, stage, start):
+    """With a learning rate of 0 the weights at the end are those at the start."""
+    before = load(finished / start)
+    run_train(preset, stage, "--out", tmp_path, "--init", finished / start, "--lr", 0, "--steps", 1)
+    after = load(tmp_path / ("vae.pt" if stage == "vae" else "model.pt"))
+    taken = {"vae"} if stage == "vae" else before.keys() & after.keys()
+    assert taken == {"vae"} or start == "model.pt" and "unet" in taken and "tokenizer" in taken
+    for part in taken:
+        ours, theirs = before[part], after[part]
+        if "state" in ours:
+            assert ours["config"] == theirs["config"]
+            ours, theirs = ({k: v.half() for k, v in p["state"].items()} for p in (ours, theirs))
+            if stage == "vae":  # these are measured anew, on the decoder's untouched input
+                for name in ("latent_mean", "latent_std"):
+                    assert torch.allclose(ours.pop(name), theirs.pop(name), rtol=0.01, atol=0.01)
+        assert differences(ours, theirs) == [], part
+
+
+def test_a_failed_save_leaves_the_old_checkpoint(tmp_path, monkeypatch):
+    path = tmp_path / "last.pt"
+    train.save_atomically({"step": 1}, path)
+
+    def fill_the_disk(checkpoint, path):
+        Path(path).write_bytes(b"half of a check")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", fill_the_disk)
+    with pytest.raises(OSError):
+        train.save_atomically({"step": 2}, path)
+    assert load(path) == {"step": 1}
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_latents_are_encoded_once_for_each_autoencoder(preset, tmp_path, monkeypatch):
+    model, cache, device = AutoencoderKL(preset.vae), tmp_path / "latents.pt", torch.device("cpu")
+    encode_video, calls = AutoencoderKL.encode_video, []
+
+    def counting(self, video):
+        calls.append(video)
+        return encode_video(self, video)
+
+    monkeypatch.setattr(AutoencoderKL, "encode_video", counting)
+
+    def encoded(dataset):
+        calls.clear()
+        return *train.encode_dataset(model, dataset, device, cache), len(calls)
+
+    dataset = MovingShapes(3, size=32)
+    captions, fps, latents, count = encoded(dataset)
+    assert count == 3 and captions == [dataset[i].caption for i in range(3)]
+    assert fps.tolist() == pytest.approx([dataset[i].fps for i in range(3)])
+    *_, again, count = encoded(dataset)
+    assert count == 0 and torch.equal(again, latents)
+    with torch.no_grad():
+        model.encoder.conv_in.weight[0, 0, 0, 0] += 1
+    *_, other, count = encoded(dataset)
+    assert count == 3 and not torch.equal(other, latents)
+    model.set_latent_statistics(torch.randn(1, 4, 2, 2, 2))
+    assert encoded(dataset)[-1] == 3
+    assert encoded(MovingShapes(3, seed=1, size=32))[-1] == 3
+
+
+# ------------------------------------------------------------------------------ a step
+
+
+@pytest.fixture(scope="module")
+def drawn(preset, finished, tmp_path_factory):
+    """What 20 steps with 128 clips each draw: a list of dicts. Nothing is trained."""
+    out, steps = tmp_path_factory.mktemp("drawn"), []
+    shutil.copy(finished / "vae.pt", out)
+    encode_text = TextEncoder.forward
+
+    def encoder(self, tokens, mask):
+        steps.append({"tokens": tokens, "mask": mask})
+        return encode_text(self, tokens, mask)
+
+    def unet(self, x, t, context, context_mask, fps, given, given_mask):
+        steps[-1] |= {"fps": fps, "given": given, "given_mask": given_mask}
+        return x
+
+    def loss(model, schedule, x_start, t, noise, keep):
+        model(noise, t)
+        steps[-1] |= {"x_start": x_start, "t": t, "noise": noise, "keep": keep}
+        return torch.zeros((), requires_grad=True)
+
+    many = replace(TRAINING, steps=20, batch_size=128, save_every=100)
+    with patched(
+        (TextEncoder, "forward", encoder), (UNet3D, "forward", unet),
+        (train, "diffusion_loss", loss), (train, "draw_samples", lambda *_: None),
+    ):
+        run_train(replace(preset, diffusion_training=many), "diffusion", "--out", out)
+    return steps
+
+
+def test_a_tenth_of_the_captions_is_the_empty_one(drawn, finished):
+    assert load_pipeline(finished / "model.pt").tokenizer.encode("") == [START, END]
+    null = torch.cat([(s["mask"].sum(1) == 2) for s in drawn])  # no caption is that short
+    assert 0.07 < null.double().mean() < 0.13
+    for s in drawn:
+        words = s["tokens"][s["mask"].sum(1) == 2]
+        assert (words[:, 0] == START).all() and (words[:, 1] == END).all()
+        assert (words[:, 2:] == 0).all()
+        assert s["mask"].shape[1] == s["mask"].sum(1).max()  # no column is padding alone
+
+
+def test_clips_captions_and_rates_belong_together(drawn, finished):
+    cache = load(finished / "latents.pt")
+    tokenizer = load_pipeline(finished / "model.pt").tokenizer
+    for tokens, x_start, fps in zip(*(drawn[0][k] for k in ("tokens", "x_start", "fps"))):
+        (index,) = [i for i, z in enumerate(cache["latents"]) if torch.equal(z.float(), x_start)]
+        assert fps == cache["fps"][index]
+        assert tokenizer.decode(tokens.tolist()) in ("", cache["captions"][index])
+
+
+def test_given_frames_are_shown_clean_and_left_out_of_the_loss(drawn):
+    for s in drawn:
+        assert torch.equal(s["keep"], ~s["given_mask"])
+        assert torch.equal(s["given"], s["x_start"])
+        assert s["given_mask"].any() and s["keep"].any(1).all()
+
+
+def test_timesteps_cover_every_interval_and_all_draws_are_new(drawn):
+    for s in drawn:
+        assert 0 <= s["t"].min() and s["t"].max() < 1000
+        assert sorted((s["t"] * 128 // 1000).tolist()) == pytest.approx(range(128), abs=1)
+    assert len({s["t"][0].item() for s in drawn}) > 15
+    noise = torch.stack([s["noise"] for s in drawn]).flatten(1)
+    assert abs(noise.mean()) < 0.01 and abs(noise.std() - 1) < 0.01
+    assert torch.corrcoef(noise[:5]).triu(1).abs().max() < 0.02
+
+
+def test_given_frames_of_all_five_tasks():
+    mask = draw_given_frames(np.random.default_rng(0), 8000, 16, text_only=0.5).numpy()
+    count = mask.sum(1)
+    assert abs((count == 0).mean() - 0.5) < 0.02
+    assert count.max() < 16
+    given = mask[count > 0]
+    count, share = given.sum(1), len(given) / 5  # the five tasks are equally likely
+    prefix = (np.cumprod(given, axis=1).sum(1) == count)
+    suffix = (np.cumprod(given[:, ::-1], axis=1).sum(1) == count)
+    ends = given[:, 0] & given[:, -1] & (count == 2)
+    assert (prefix & (count == 1)).sum() > 0.9 * share  # the first
+    assert (prefix & (count > 1)).sum() > 0.7 * share  # the first few
+    assert suffix.sum() > 0.9 * share  # the last few
+    assert ends.sum() > 0.9 * share  # both ends
+    assert (~prefix & ~suffix & ~ends).sum() > 0.7 * share  # any
+    assert given.any(0).all()
+
+
+def test_given_frames_of_short_clips():
+    rng = np.random.default_rng(0)
+    for frames in (1, 2, 3):
+        mask = draw_given_frames(rng, 500, frames, text_only=0.0)
+        assert (~mask).any(1).all()
+        assert mask.any(1).all() == (frames > 1)  # of a single frame there is nothing to give
+    assert not draw_given_frames(rng, 500, 16, text_only=1.0).any()
+
+
+def test_the_first_step_sees_frames_of_several_videos_in_range():
+    frames = train.draw_frames(MovingShapes(9, size=32), np.random.default_rng(0), 7)
+    assert frames.shape == (7, 3, 32, 32)
+    assert frames.min() >= -1 and frames.max() <= 1 and frames.max() > 0.3
+    assert len({frame.numpy().tobytes() for frame in frames}) > 4
+
+
+def test_one_batch_overfits(preset, tiny_pipeline):
+    """Text encoder, UNet, loss and optimizers together can learn four clips by heart."""
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"text": TextEncoder(preset.text), "unet": UNet3D(preset.unet)})
+    schedule = NoiseSchedule(preset.diffusion)
+    captions = ["a red circle moves right, then up", "a star spins", "a blue ring grows", ""]
+    tokens, mask = tiny_pipeline.tokenizer.batch(captions, 100)
+    x_start, noise = torch.randn(2, 4, 4, 4, 4, 4)
+    t, fps = torch.tensor([100, 400, 700, 999]), torch.full((4,), 8.0)
+    config = replace(TRAINING, optimizer="muon", steps=100)
+    optimizers = make_optimizers(model, config).values()
+    losses = []
+    for _ in range(config.steps):
+        context = model["text"](tokens, mask)
+        loss = diffusion_loss(
+            lambda x_t, t: model["unet"](x_t, t, context, mask, fps), schedule, x_start, t, noise
+        )
+        model.zero_grad()
+        loss.backward()
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = 5e-3
+            optimizer.step()
+        losses.append(loss.item())
+    assert losses[0] > 0.5 and losses[-1] < losses[0] / 20, losses[::10]
+
+
+def test_the_average_is_the_closed_form():
+    """Weights w_n with decays d_n: the sum of (1 - d_n) w_n times all later decays."""
+    torch.manual_seed(0)
+    model = nn.Linear(3, 2).double()
+    ema, weights = EMA(model, decay=0.3), [model.weight.detach().clone()]
+    for step in range(6):
+        with torch.no_grad():
+            model.weight.copy_(torch.randn(2, 3))
+        weights.append(model.weight.detach().clone())
+        ema.update(model, step)
+    decays = [1 / 10, 2 / 11, 3 / 12, 0.3, 0.3, 0.3]  # (1 + n) / (10 + n), at most 0.3
+    expected = math.prod(decays) * weights[0]
+    for n in range(6):
+        expected += (1 - decays[n]) * math.prod(decays[n + 1 :]) * weights[n + 1]
+    assert torch.allclose(ema.model.weight, expected, atol=1e-12)
+    assert not ema.model.weight.requires_grad and not ema.model.training
+    assert torch.equal(model.weight, weights[-1])  # and the model itself is left alone
+
+
+# ------------------------------------------------------------------------------ optimizers
+
+
+@pytest.mark.parametrize("shape", [(64, 16), (16, 64), (24, 24), (1, 9), (9, 1)])
+def test_orthogonalize_makes_singular_values_one(shape):
+    torch.manual_seed(0)
+    u, s, v = torch.linalg.svd(torch.randn(shape), full_matrices=False)
+    for scale in (1e-4, 1.0, 1e4):
+        g = scale * (u * torch.linspace(0.1, 1, len(s))) @ v
+        q = orthogonalize(g)
+        values = torch.linalg.svdvals(q)
+        assert values.min() > 0.6 and values.max() < 1.3, values
+        # The singular vectors stay: g^T q is symmetric and positive.
+        product = g.T @ q / scale
+        assert torch.allclose(product, product.T, atol=1e-2)
+        assert torch.linalg.eigvalsh(product).min() > -1e-2
+        assert torch.allclose(orthogonalize(g.T), q.T, atol=1e-3)
+
+
+def test_orthogonalize_of_nothing_is_nothing():
+    """Layers behind a zero-initialised one have a gradient of exactly 0 at first."""
+    assert not orthogonalize(torch.zeros(4, 6)).any()
+
+
+def test_muon_moves_what_it_is_given_by_the_learning_rate():
+    torch.manual_seed(0)
+    matrix, kernel, other = (
+        nn.Parameter(torch.randn(shape)) for shape in ((32, 8), (8, 4, 3, 3), (4, 4))
+    )
+    before = [p.detach().clone() for p in (matrix, kernel, other)]
+    for p in (matrix, kernel, other):
+        p.grad = torch.randn_like(p)
+    optimizer = Muon([matrix, kernel], lr=0.01)
+    optimizer.step()
+    assert torch.equal(other, before[2])
+    for p, old in zip((matrix, kernel), before):
+        move = (p - old).flatten(1)
+        # Orthogonal rows or columns, and about as long a step as AdamW's: 0.2 lr per weight.
+        values = torch.linalg.svdvals(move) / (0.2 * 0.01 * max(move.shape) ** 0.5)
+        assert values.min() > 0.6 and values.max() < 1.3
+        assert (move * p.grad.flatten(1)).sum() < 0  # downhill
+
+
+def test_muon_weight_decay_and_momentum_are_the_closed_forms():
+    weight = nn.Parameter(torch.randn(6, 4))
+    old, weight.grad = weight.detach().clone(), torch.zeros(6, 4)
+    optimizer = Muon([weight], lr=0.1, weight_decay=0.3)
+    for n in range(1, 4):
+        optimizer.step()
+        assert torch.allclose(weight, old * (1 - 0.1 * 0.3) ** n)
+    gradients = torch.randn(3, 6, 4)
+    for g in gradients:
+        weight.grad = g.clone()
+        optimizer.step()
+        assert torch.equal(weight.grad, g)
+    average = sum(0.05 * 0.95 ** (2 - n) * g for n, g in enumerate(gradients))
+    assert torch.allclose(optimizer.state[weight]["momentum"], average, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_every_parameter_has_one_optimizer(preset, name):
+    models = {"text_encoder": TextEncoder(preset.text), "unet": UNet3D(preset.unet)}
+    for model in (nn.ModuleDict(models), AutoencoderKL(preset.vae)):
+        optimizers = make_optimizers(model, replace(TRAINING, optimizer=name, weight_decay=0.5))
+        groups = [g for optimizer in optimizers.values() for g in optimizer.param_groups]
+        held = [id(p) for group in groups for p in group["params"]]
+        names = {id(p): n for n, p in model.named_parameters()}
+        assert len(held) == len(set(held)) and set(held) == set(names)
+        for group in groups:
+            for p in group["params"]:
+                assert group["weight_decay"] == (0.5 if p.ndim > 1 else 0)
+        assert set(optimizers) == {"adamw", name}
+        if name == "muon":
+            hidden = {names[id(p)] for p in optimizers["muon"].param_groups[0]["params"]}
+            assert hidden and not any("embed" in n or "conv_in" in n for n in hidden)
+            assert all(p.ndim > 1 for p in optimizers["muon"].param_groups[0]["params"])
+
+
+def test_the_discriminator_learns_in_its_own_step_only(preset, tmp_path):
+    """Each of the two updates moves its own network and leaves the other one as it is."""
+    updates = {name: getattr(Run, name) for name in ("update", "update_discriminator")}
+    moved = []
+
+    def weights(model):
+        return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+    def watched(name):
+        def update(self, loss):
+            models = self.models["vae"], self.models["discriminator"]
+            before = [weights(m) for m in models]
+            result = updates[name](self, loss)
+            moved.append(tuple(not torch.equal(b, weights(m)) for b, m in zip(before, models)))
+            return result
+        return update
+
+    with patched(*((Run, name, watched(name)) for name in updates)):
+        run_train(preset, "vae", "--out", tmp_path, "--steps", 2)
+    assert moved == [(True, False), (False, True)] * 2
+    assert all(line["gan"] != 0 and line["discriminator"] > 0 for line in log(tmp_path))
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(preset, copied):
+    """last.pt stays as it was, and the next start goes on from it."""
+    before = (copied / "last.pt").read_bytes(), (copied / "model.pt").read_bytes()
+    arguments = ("diffusion", "--out", copied, "--resume", "--steps", 6)
+    with patched((train, "diffusion_loss", lambda *a, **k: diffusion_loss(*a, **k) * math.nan)):
+        with pytest.raises(UserError, match="--resume and a lower --lr"):
+            run_train(preset, *arguments)
+    assert ((copied / "last.pt").read_bytes(), (copied / "model.pt").read_bytes()) == before
+    assert count_updates(preset, *arguments, "--lr", 1e-4) == 2
+
+
+@pytest.mark.parametrize("loss", [
+    lambda w: w.sum() * math.nan,
+    lambda w: w.sum() * math.inf,
+    lambda w: (w * 0).sum().sqrt(),  # finite itself, with a gradient that is not
+])
+def test_a_gradient_that_is_not_finite_moves_nothing(tmp_path, loss):
+    model = nn.Linear(2, 2)
+    before = model.weight.detach().clone()
+    run = Run(train.parse_args(["vae", "--out", str(tmp_path)]), "vae", TRAINING, {"vae": model})
+    with pytest.raises(UserError):
+        run.update(loss(model.weight))
+    assert torch.equal(model.weight, before)
+
+
+def test_long_gradients_are_clipped(tmp_path):
+    model = nn.Linear(2, 2)
+    run = Run(train.parse_args(["vae", "--out", str(tmp_path)]), "vae", TRAINING, {"vae": model})
+    norm = run.update(1000 * model.weight.sum())
+    assert norm == pytest.approx(2000)  # reported as it was
+    total = math.sqrt(sum(p.grad.square().sum() for p in model.parameters() if p.grad is not None))
+    assert total == pytest.approx(TRAINING.grad_clip, rel=1e-3)
+
+
+# ------------------------------------------------------------------------------ presets
+
+
+@pytest.mark.parametrize("name", train.PRESETS)
+def test_the_parts_of_a_preset_fit_together(name):
+    """Shapes only: on the "meta" device nothing is stored or computed, so that even the largest
+    preset makes a step here."""
+    preset = train.PRESETS[name]
+    with torch.device("meta"):
+        text, unet = TextEncoder(preset.text), UNet3D(preset.unet)
+        autoencoder = AutoencoderKL(preset.vae)
+        frames = torch.zeros(2, 3, preset.size, preset.size)
+        latents = autoencoder.encode(frames).mean
+        assert autoencoder.decode(latents).shape == frames.shape
+        assert latents.shape == (2, unet.config.channels, *[unet.config.latent_size] * 2)
+        x = latents.detach().movedim(0, 1)[None]
+        context = text.norm(torch.zeros(1, 7, preset.text.width))
+        loss = diffusion_loss(
+            lambda x_t, t: unet(x_t, t, context, context[..., 0] > 0, torch.ones(1)),
+            NoiseSchedule(preset.diffusion), x, torch.zeros(1, dtype=torch.long), x,
+        )
+        loss.backward()
+        for optimizer in make_optimizers(unet, preset.diffusion_training).values():
+            optimizer.step()
+    longest = sum(preset.text.context_length >= len(p) + 2 for p in train.PROMPTS)
+    assert longest == len(train.PROMPTS)  # even if every byte were a token
+
+
+def test_the_command_line_replaces_the_preset_of_its_own_stage():
+    arguments = "diffusion --out x --steps 7 --batch-size 3 --lr 0 --videos 5".split()
+    preset, changed = train.PRESETS["shapes"], train.configure(train.parse_args(arguments))
+    assert changed.vae_training == preset.vae_training
+    expected = replace(preset.diffusion_training, steps=7, batch_size=3, lr=0.0, videos=5)
+    assert changed.diffusion_training == expected
+    with pytest.raises(SystemExit) as stop:
+        train.parse_args(["--help"])
+    assert stop.value.code == 0
