@@ -10,8 +10,8 @@ arrays of shape (f, h, w, 3); `to_model` and `to_uint8` convert to and from floa
 [-1, 1], which is what every network sees. No other range exists in the project.
 """
 
+import contextlib
 import os
-import tempfile
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -300,27 +300,19 @@ def write_video(path, video, fps=FPS, upscale=1):
         writer(temporary, video, fps)
 
 
-class atomic_path:
-    """Context manager: gives a temporary path beside `path`, renamed onto it on success."""
-
-    def __init__(self, path):
-        self.path = Path(path)
-
-    def __enter__(self):
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(suffix=self.path.suffix, dir=self.path.parent)
-        os.close(handle)
-        os.chmod(name, 0o644)  # mkstemp makes files that only their owner can read
-        self.temporary = Path(name)
-        return self.temporary
-
-    def __exit__(self, error, *_):
-        if error is None:
-            with open(self.temporary, "rb+") as file:
-                os.fsync(file.fileno())  # the rename must not overtake the data
-            os.replace(self.temporary, self.path)
-        else:
-            self.temporary.unlink(missing_ok=True)
+@contextlib.contextmanager
+def atomic_path(path):
+    """Gives a temporary path beside `path`; renamed onto it on success, deleted on any error."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{os.getpid()}-{path.name}")
+    try:
+        yield temporary
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())  # the rename must not overtake the data
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _write_gif(path, video, fps):

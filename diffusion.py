@@ -34,7 +34,8 @@ class DiffusionConfig:
     prediction: str = "v"  # "v", "eps" or "x_start"
     zero_terminal_snr: bool = True  # x at t = T-1 is pure noise, as it is when sampling starts
     shift: float = 1.0  # multiplies sigma / alpha; above 1 is more noise, for larger latents
-    min_snr_gamma: float | None = None  # 5 in the paper; None weighs every timestep the same
+    min_snr_gamma: float | None = None  # 5 in the paper; None weighs all t alike. With zero
+    # terminal SNR its weight at t = T-1 is 0 for v, so that step would go untrained.
 
     def __post_init__(self):
         if self.schedule not in ("linear", "cosine"):

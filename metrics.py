@@ -23,7 +23,7 @@ from tqdm import tqdm
 from data import BACKGROUND, COLOURS, FPS, GROWTH, MOTIONS, POLYGONS, REACH, SIZE, SPEED, SPIN
 from data import MovingShapes, atomic_path, rates, render, shape_distance
 from diffusion import SAMPLERS
-from sample import GUIDANCE, SAMPLER, STEPS, Parser
+from sample import GUIDANCE, SAMPLER, STEPS, Parser, UserError
 from sample import load_pipeline, number, pick_device, run_command
 
 # ------------------------------------------------------------------------------ caption oracle
@@ -208,44 +208,49 @@ def _compare(thing, reading):
 
 
 def caption_sets(num):
-    """Name -> list of (caption, scene): `num` each of the captions trained on, with one object and
+    """Name -> `num` tuples (caption, frame rate, scene): of the training set, with one object and
     with two, and of single objects in combinations that training never had."""
-    train, held_out = MovingShapes(100 * num), MovingShapes(num, "heldout")
-    samples = [train.describe(i) for i in range(100 * num)]
-    samples = [(caption, scene) for caption, _, scene in samples]
+    train, held_out = MovingShapes(), MovingShapes(split="heldout")
+    samples = [train.describe(i) for i in range(len(train))]
     return {
-        "seen": [s for s in samples if len(s[1]) == 1][:num],
-        "held_out": [held_out.describe(i)[::2] for i in range(num)],
-        "two_objects": [s for s in samples if len(s[1]) == 2][:num],
+        "seen": [sample for sample in samples if len(sample[2]) == 1][:num],
+        "held_out": [held_out.describe(i) for i in range(num)],
+        "two_objects": [sample for sample in samples if len(sample[2]) == 2][:num],
     }
 
 
 def measure_captions(args):
-    """`caption_accuracy` of each caption set, of generated clips or of rendered ones."""
+    """`caption_accuracy` of each caption set: of clips generated at the default frame rate, or of
+    clips rendered at their own."""
     pipeline = None if args.fake == "shapes" else load_pipeline(args.fake, pick_device(args.device))
     results = {}
     for name, samples in caption_sets(args.num).items():
-        captions, scenes = zip(*samples)
+        captions, rates, scenes = zip(*samples)
         videos = []
         for start in tqdm(range(0, args.num, args.batch_size), desc=f"captions, {name}"):
             part = slice(start, start + args.batch_size)
             if pipeline is None:
-                videos += [render(scene) for scene in scenes[part]]
+                videos += [render(s, fps=r) for s, r in zip(scenes[part], rates[part])]
                 continue
             videos += list(pipeline.generate(
                 captions[part], args.seed + start, steps=args.steps, sampler=args.sampler,
                 guidance=args.guidance, batch_size=args.batch_size,
             ))
-        results[name] = caption_accuracy(scenes, videos, FPS)
+        results[name] = caption_accuracy(scenes, videos, FPS if pipeline else rates)
     return results
+
+
+MEASURES = {"captions": measure_captions}
 
 
 def parse_args(argv=None):
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--fake", required=True, help="a checkpoint (model.pt), or shapes")
-    parser.add_argument("--metrics", nargs="+", choices=["captions"], default=["captions"])
     parser.add_argument(
-        "--num", type=number(int, 1, 10_000), default=200, help="clips of each kind (%(default)s)"
+        "--metrics", nargs="+", choices=list(MEASURES), default=list(MEASURES), help="(all)"
+    )
+    parser.add_argument(
+        "--num", type=number(int, 1, 1500), default=200, help="clips of each kind (%(default)s)"
     )
     parser.add_argument("--seed", type=number(int, 0, 2**31), default=0, help="(%(default)s)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the result there as well")
@@ -263,12 +268,16 @@ def parse_args(argv=None):
 def main():
     args = parse_args()
     names = ("fake", "num", "seed", "steps", "sampler", "guidance")
-    protocol = {name: getattr(args, name) for name in names} | {"fps": FPS}
-    result = json.dumps({"captions": measure_captions(args), "protocol": protocol}, indent=2)
+    result = {name: MEASURES[name](args) for name in args.metrics}
+    result["protocol"] = {name: getattr(args, name) for name in names} | {"fps": FPS}
+    text = json.dumps(result, indent=2)
+    print(text)
     if args.json:
-        with atomic_path(args.json) as path:
-            path.write_text(result + "\n")
-    print(result)
+        try:
+            with atomic_path(args.json) as path:
+                path.write_text(text + "\n")
+        except OSError as error:
+            raise UserError(f"cannot write {args.json}: {error.strerror}") from error
 
 
 if __name__ == "__main__":

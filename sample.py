@@ -19,6 +19,7 @@ import sys
 import warnings
 from pathlib import Path
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -83,9 +84,12 @@ def pick_device(name):
 
 
 def autocast(device):
-    """bfloat16 autocast where the hardware multiplies bfloat16 matrices: every recent GPU, and CPUs
-    with AMX tiles. Elsewhere float32 is faster: 282 against 137 GFLOP/s on 2 cores with AVX-512."""
-    fast = device.type == "cuda" or torch.cpu._is_amx_tile_supported()
+    """bfloat16 autocast where the hardware multiplies bfloat16 matrices: recent GPUs, and CPUs with
+    AMX tiles. With AVX-512 alone float32 was faster: 282 against 137 GFLOP/s on 2 cores."""
+    if device.type == "cuda":
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        fast = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()
     return torch.autocast(device.type, torch.bfloat16, enabled=fast)
 
 
@@ -169,19 +173,19 @@ class Pipeline:
     @torch.no_grad()
     def generate(
         self, prompts, seed=0, frames=FRAMES, fps=FPS, steps=STEPS, sampler=SAMPLER,
-        guidance=GUIDANCE, rescale=0.0, batch_size=16, size=None, progress=False,
+        guidance=GUIDANCE, rescale=0.0, batch_size=16, progress=False,
     ):
         """Videos for a list of prompts: uint8 (len(prompts), frames, h, w, 3).
 
         Prompt i is drawn with seed + i, so its video does not depend on the others. fps: frames per
         second, which decides how far things move; guidance: 1 is none, larger follows the words
-        more closely; sampler: a key of `diffusion.SAMPLERS`. Raises ValueError for an empty prompt
-        or one longer than the text encoder's context.
+        more closely; rescale: see `diffusion.guided`; sampler: a key of `diffusion.SAMPLERS`.
+        Raises ValueError for an empty prompt or one longer than the text encoder's context.
         """
         for prompt in prompts:
             if not prompt.strip():
                 raise ValueError("the prompt is empty: say what should happen")
-        size = size or self.unet.config.latent_size
+        size = self.unet.config.latent_size
         shape = (self.unet.config.channels, frames, size, size)
         videos = []
         for start in range(0, len(prompts), batch_size):
@@ -202,8 +206,8 @@ class Pipeline:
                 latents = SAMPLERS[sampler](
                     model, self.schedule, noise(), steps, randn_like=noise, progress=bar
                 )
-                videos.append(torch.from_numpy(to_uint8(self.vae.decode_video(latents))))
-        return torch.cat(videos).numpy()
+                videos.append(to_uint8(self.vae.decode_video(latents)))
+        return np.concatenate(videos)
 
 
 def load_pipeline(path=CHECKPOINT, device="cpu"):
@@ -241,7 +245,7 @@ def parse_args(argv=None):
     group.add_argument("--frames", type=number(int, 1, 512), default=FRAMES, help="(%(default)s)")
     group.add_argument(
         "--fps", type=number(float, 0.1, 240), default=FPS,
-        help="frames per second; at a lower rate things get further (%(default)s)",
+        help="frames per second, 6 to 12 in training: fewer get further (%(default)s)",
     )
     group = parser.add_argument_group("how to draw it")
     group.add_argument(
@@ -270,6 +274,8 @@ def parse_args(argv=None):
 
 def output_paths(args):
     """The file of each video. Raises UserError where --out does not fit or cannot be written."""
+    if args.out.suffix.lower() in (".avi", ".jpg", ".jpeg", ".mkv", ".mov", ".webm", ".webp"):
+        raise UserError(f"--out {args.out}: the formats are {', '.join(FORMATS)}")
     if args.out.suffix in FORMATS:
         if args.num > 1:
             raise UserError(f"--out {args.out} is one file and --num {args.num} asks for more: "
@@ -278,8 +284,9 @@ def output_paths(args):
             raise UserError(f"--out {args.out} does not end in .{args.format}")
         paths = [args.out]
     else:
-        # \w keeps letters of every script; 60 characters keep clear of every file system's limit.
-        slug = re.sub(r"\W+", "-", normalize(args.prompt)).strip("-")[:60] or "video"
+        # \w keeps letters of every script; file systems take names of up to 255 bytes.
+        slug = re.sub(r"\W+", "-", normalize(args.prompt)).encode()[:200].decode(errors="ignore")
+        slug = slug.strip("-") or "video"
         suffix = args.format or "gif"
         paths = [args.out / f"{slug}-{args.seed + i}.{suffix}" for i in range(args.num)]
     try:  # fails now rather than after the work, and leaves nothing behind

@@ -121,6 +121,10 @@ class Tokenizer:
             merges.append(best)
         return cls(merges, words)
 
+    def add_words(self, texts):
+        """Count the words of these texts, captions of a fine-tuning set, as known too."""
+        self.words |= {word for text in texts for word in WORD.findall(normalize(text))}
+
     def encode_piece(self, piece):
         """Apply the merges to one piece, the earliest learned first, as training did."""
         if piece not in self.cache:

@@ -17,6 +17,7 @@ import copy
 import hashlib
 import json
 import math
+import shlex
 import sys
 import time
 from dataclasses import asdict, dataclass, replace
@@ -27,6 +28,7 @@ import torch
 from einops import rearrange
 from tqdm import tqdm
 
+import data
 from data import MovingShapes, atomic_path, contact_sheet, to_model, to_uint8, write_video
 from diffusion import DiffusionConfig, NoiseSchedule, diffusion_loss
 from sample import Parser, Pipeline, UserError, autocast, load_checkpoint, load_pipeline, number
@@ -40,8 +42,7 @@ from vae import AutoencoderKL, VAEConfig, VAELoss, VAELossConfig
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """One stage's training. lr rises over `warmup` steps, stays, and falls over the last `decay`.
-    """
+    """One stage's training; for `lr`, `warmup` and `decay` see `learning_rate`."""
 
     steps: int
     batch_size: int  # frames for the VAE, clips for the diffusion model
@@ -111,7 +112,7 @@ PRESETS = {
         vae_loss=UCF101_VAE_LOSS,
         vae_training=TrainConfig(steps=50_000, batch_size=16, lr=2e-4),
         text=TextEncoderConfig(vocab_size=2048, width=256, depth=4),
-        unet=UNet3DConfig(  # 152 M parameters
+        unet=UNet3DConfig(  # 155 M parameters
             latent_size=32, widths=(192, 384, 768), blocks=(2, 2, 5), attention=(True, True, True),
             text_width=256, embedding_width=768, groups=32,
         ),
@@ -171,7 +172,11 @@ class Muon(torch.optim.Optimizer):
     def step(self):
         for group in self.param_groups:
             for p in group["params"]:
-                average = self.state[p].setdefault("momentum", torch.zeros_like(p.grad))
+                if p.grad is None:
+                    continue
+                if "momentum" not in self.state[p]:
+                    self.state[p]["momentum"] = torch.zeros_like(p.grad)
+                average = self.state[p]["momentum"]
                 average.lerp_(p.grad, 1 - group["momentum"])
                 update = p.grad.lerp(average, group["momentum"])  # Nesterov's look ahead
                 update = orthogonalize(update.flatten(1))
@@ -230,14 +235,19 @@ class Run:
         if self.resume:
             state = load_checkpoint(last, "stage", "settings", "step", "models", "optimizers")
             if state["stage"] != self.stage:
-                raise UserError(f"{last} is of the {state['stage']} stage: leave out --resume")
+                raise UserError(f"{last} is of the {state['stage']} stage: there is no "
+                                f"{self.stage} run to resume")
             for name, value in state["settings"].items():
                 if value != self.settings[name]:
                     raise UserError(f"{last} was started with --{name} {value}: use the same")
-            for name, model in self.models.items():
-                model.load_state_dict(state["models"][name])
-            for name, optimizer in self.optimizers.items():
-                optimizer.load_state_dict(state["optimizers"][name])
+            try:
+                for name, model in self.models.items():
+                    model.load_state_dict(state["models"][name])
+                for name, optimizer in self.optimizers.items():
+                    optimizer.load_state_dict(state["optimizers"][name])
+            except (KeyError, ValueError, RuntimeError) as error:
+                raise UserError(f"{last} does not fit the preset as it is now: restore its "
+                                "settings, or choose another --out") from error
             self.start = state["step"]
         elif last.is_file():
             found = load_checkpoint(last, "stage")["stage"]
@@ -266,12 +276,12 @@ class Run:
     def steps(self):
         """The remaining step numbers, behind a progress bar; sets the learning rate of each."""
         steps = range(self.start, self.config.steps)
-        self.bar = tqdm(
+        bar = tqdm(
             steps, initial=self.start, total=self.config.steps, desc=self.stage,
             mininterval=progress_interval(),
         )
         self.clock, self.clock_step, self.sums = time.time(), self.start, {}
-        for step in self.bar:
+        for step in bar:
             for optimizer in self.optimizers.values():
                 for group in optimizer.param_groups:
                     group["lr"] = learning_rate(step, self.config)
@@ -283,11 +293,7 @@ class Run:
             p.grad = None
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.config.grad_clip).item()
-        if not math.isfinite(norm + loss.item()):
-            raise UserError(
-                f"the loss is not finite any more; {self.out / 'last.pt'} is from before: go on "
-                "from there with --resume and a lower --lr"
-            )
+        self._check_finite(norm + loss.item())
         for name, optimizer in self.optimizers.items():
             if name != "discriminator":
                 optimizer.step()
@@ -298,7 +304,14 @@ class Run:
         optimizer = self.optimizers["discriminator"]
         optimizer.zero_grad()
         loss.backward()
+        self._check_finite(loss.item())
         optimizer.step()
+
+    def _check_finite(self, value):
+        if not math.isfinite(value):
+            last = self.out / "last.pt"
+            start = f"go on from {last} with --resume and" if last.is_file() else "start again with"
+            raise UserError(f"the loss is not finite any more: {start} a lower --lr")
 
     def log(self, step, **values):
         """Every `log_every` steps, the means since the last time: an aligned line on stderr and a
@@ -319,9 +332,12 @@ class Run:
             f"{minutes:5.1f} min left",
             file=sys.stderr,
         )
-        record = {"stage": self.stage, "step": done, **means, "lr": lr, "per_second": speed}
+        self.record_line(step, **means, lr=lr, per_second=speed)
+
+    def record_line(self, step, **values):
+        """Append one JSON object to log.jsonl."""
         with (self.out / "log.jsonl").open("a") as file:
-            file.write(json.dumps(record) + "\n")
+            file.write(json.dumps({"stage": self.stage, "step": step + 1, **values}) + "\n")
 
     def due(self, step):
         """Is it time for a checkpoint and sample pictures after this step?"""
@@ -354,14 +370,17 @@ def memory_gib():
     """Peak memory so far: of the GPU where there is one, else of this process."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**30
-    import resource  # not on Windows, where the log shows 0
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0.0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**30 if sys.platform == "darwin" else 2**20)  # bytes on macOS, else kiB
 
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
-
-def generator(seed, step, device="cpu"):
-    """The source of all torch randomness of one step."""
-    return torch.Generator(device).manual_seed(seed * 1_000_003 + step)
+def generator(seed, step):
+    """The source of all torch randomness of one step, on the CPU: the same on every device."""
+    return torch.Generator().manual_seed(seed * 1_000_003 + step)
 
 
 # ------------------------------------------------------------------------------ stage 1: VAE
@@ -424,14 +443,20 @@ def train_vae(args, preset, device):
         if run.due(step):
             run.save(step)
             x_hat = reconstruct(vae, test, device).cpu()
-            tqdm.write(f"held-out frames: {psnr(test, x_hat):.2f} dB", file=sys.stderr)
+            run.record_line(step, held_out_psnr=psnr(test, x_hat))
+            tqdm.write(f"held-out frames: {psnr(test, x_hat):.2f} dB PSNR", file=sys.stderr)
             pairs = torch.cat([test[:8], x_hat[:8]]).transpose(0, 1)[None]
             sheet = contact_sheet(to_uint8(pairs)[0], columns=8)
             write_video(run.out / f"samples/vae_{step + 1:06d}.png", sheet[None])
     measure_latents(vae, dataset, device)
     save_atomically({"vae": pack(vae)}, run.out / "vae.pt")
-    print(f"{run.out / 'vae.pt'} is done; next: python train.py diffusion --data {args.data}"
-          f" --out {args.out}")
+    print(f"{run.out / 'vae.pt'} is done; next: {command('diffusion', args)}")
+
+
+def command(stage, args):
+    """The command line that runs a stage with the same data, preset and folder."""
+    return (f"python train.py {stage} --data {args.data} --preset {args.preset} "
+            f"--out {shlex.quote(args.out)}")
 
 
 @torch.no_grad()
@@ -473,7 +498,8 @@ def encode_dataset(vae, dataset, device, cache):
     at once and another VAE never meets stale latents.
     """
     weights = b"".join(v.numpy(force=True).tobytes() for v in vae.state_dict().values())
-    key = f"{hashlib.sha256(weights).hexdigest()} {vars(dataset)}"
+    renderer = Path(data.__file__).read_bytes()
+    key = f"{hashlib.sha256(weights + renderer).hexdigest()} {vars(dataset)}"
     if cache.is_file():
         stored = load_checkpoint(cache, "key", "captions", "fps", "latents")
         if stored["key"] == key:
@@ -517,27 +543,48 @@ def draw_given_frames(rng, batch, frames, text_only):
 
 
 def build_models(args, preset):
-    """(tokenizer or None, text encoder, unet, vae), new or from --init. The VAE is a trained
-    one."""
+    """(tokenizer or None, text encoder, unet, schedule, vae): all of --init, or a new model for a
+    trained VAE."""
     vae_path = Path(args.init or Path(args.out) / "vae.pt")
     if not vae_path.is_file() and not args.init:
         raise UserError(
-            f"no {vae_path}: train it first with `python train.py vae --data {args.data} "
-            f"--out {args.out}`, or name a trained one with --init"
+            f"no {vae_path}: train it first with `{command('vae', args)}`, or name a trained one "
+            "with --init"
         )
     checkpoint = load_checkpoint(vae_path, "vae")
     vae = unpack(AutoencoderKL, VAEConfig, checkpoint["vae"])
     if "unet" in checkpoint:
         whole = load_pipeline(vae_path)
-        return whole.tokenizer, whole.text_encoder, whole.unet, vae
-    return None, TextEncoder(preset.text), UNet3D(preset.unet), vae
+        return whole.tokenizer, whole.text_encoder, whole.unet, whole.schedule, vae
+    schedule = NoiseSchedule(preset.diffusion)
+    return None, TextEncoder(preset.text), UNet3D(preset.unet), schedule, vae
+
+
+def draw_batch(seed, step, config, latents, schedule):
+    """All that is random in a step: which clips and which captions (b,), the clips' latents, given
+    frames (b, f), timesteps (b,), and noise. Caption number len(latents) is the null one."""
+    rng, source = np.random.default_rng((seed, step)), generator(seed, step)
+    index = rng.integers(len(latents), size=config.batch_size)
+    dropped = rng.random(config.batch_size) < config.caption_dropout
+    rows = np.where(dropped, len(latents), index)
+    given = draw_given_frames(rng, len(index), latents.shape[2], config.text_only)
+    noise = torch.randn((len(index), *latents.shape[1:]), generator=source)
+    # One timestep from each of b equal intervals: a quieter gradient (Kingma 2021, appendix I.1).
+    u = (torch.rand(1, generator=source) + torch.arange(len(index)) / len(index)) % 1
+    t = (u * schedule.config.timesteps).long()
+    clips, rows = torch.from_numpy(index), torch.from_numpy(rows)
+    return clips, rows, latents[clips].float(), given, t, noise
 
 
 def train_diffusion(args, preset, device):
     """Stage 2: train text encoder and UNet on the VAE's latents; writes model.pt."""
     config = preset.diffusion_training
     torch.manual_seed(args.seed)  # of the initial weights
-    tokenizer, text_encoder, unet, vae = build_models(args, preset)
+    tokenizer, text_encoder, unet, schedule, vae = build_models(args, preset)
+    size = unet.config.latent_size * vae.config.factor
+    if size != preset.size or unet.config.channels != vae.config.latent_channels:
+        raise UserError(f"the VAE does not fit --preset {args.preset} of {preset.size} pixels")
+    schedule = schedule.to(device)
     model = torch.nn.ModuleDict({"text_encoder": text_encoder, "unet": unet}).to(device).train()
     ema = EMA(model, config.ema)
     run = Run(args, "diffusion", config, {"model": model, "ema": ema.model})
@@ -549,41 +596,27 @@ def train_diffusion(args, preset, device):
     if run.resume:  # with other --videos the captions differ, but the tokens must stay the same
         tokenizer = load_pipeline(run.out / "model.pt").tokenizer
     tokenizer = tokenizer or Tokenizer.train(captions, preset.text.vocab_size)
+    tokenizer.add_words(captions)
     length = text_encoder.config.context_length
     # The last row is the null caption.
     tokens, mask = tokenizer.batch(captions + [""], length, device)
-    schedule = NoiseSchedule(preset.diffusion).to(device)
+    fps = fps.to(device)
     pipeline = Pipeline(
         tokenizer, ema.model["text_encoder"], ema.model["unet"], vae, schedule, device
     )
 
     for step in run.steps():
-        # Data: clips, captions (some replaced by the null one), given frames, timesteps, noise.
-        rng, source = np.random.default_rng((args.seed, step)), generator(args.seed, step)
-        index = rng.integers(len(latents), size=config.batch_size)
-        x_start = latents[index].float().to(device)
-        dropped = rng.random(config.batch_size) < config.caption_dropout
-        rows = torch.from_numpy(np.where(dropped, len(captions), index)).to(device)
-        given = draw_given_frames(rng, len(index), x_start.shape[2], config.text_only).to(device)
-        noise = torch.randn(x_start.shape, generator=source).to(device)
-        # One timestep from each of `batch_size` equal intervals: less noise in the gradient (Kingma
-        # 2021, appendix I.1).
-        u = (torch.rand(1, generator=source) + torch.arange(len(index)) / len(index)) % 1
-        t = (u * preset.diffusion.timesteps).long().to(device)
-
-        # Forward
+        batch = draw_batch(args.seed, step, config, latents, schedule)
+        clips, rows, x_start, given, t, noise = (part.to(device) for part in batch)
         with autocast(device):
             longest = int(mask[rows].sum(1).max())
             words, words_mask = tokens[rows, :longest], mask[rows, :longest]
             context = model["text_encoder"](words, words_mask)
 
             def denoise(x_t, t):
-                rates = fps[index].to(device)
-                return model["unet"](x_t, t, context, words_mask, rates, x_start, given)
+                return model["unet"](x_t, t, context, words_mask, fps[clips], x_start, given)
 
             loss = diffusion_loss(denoise, schedule, x_start, t, noise, keep=~given)
-
-        # Backward, step, average, log
         grad_norm = run.update(loss)
         ema.update(model, step)
         run.log(step, loss=loss.item(), grad=grad_norm)
@@ -592,7 +625,8 @@ def train_diffusion(args, preset, device):
             save_pipeline(pipeline, run.out / "model.pt")
             run.save(step)
             draw_samples(pipeline, run.out / f"samples/step_{step + 1:06d}.gif")
-    print(f'python sample.py "{PROMPTS[0]}" --checkpoint {run.out / "model.pt"}')
+    checkpoint = shlex.quote(str(run.out / "model.pt"))
+    print(f'python sample.py "{PROMPTS[0]}" --checkpoint {checkpoint}')
 
 
 def save_pipeline(pipeline, path):
@@ -656,9 +690,12 @@ def main():
     try:
         stage(args, preset, pick_device(args.device))
     except KeyboardInterrupt:
-        print("stopped; the same command with --resume goes on from the last checkpoint",
-              file=sys.stderr)
+        if (Path(args.out) / "last.pt").is_file():
+            print("stopped; the same command with --resume goes on from the last checkpoint",
+                  file=sys.stderr)
         raise
+    except torch.cuda.OutOfMemoryError as error:
+        raise UserError("the GPU's memory is full: try a smaller --batch-size") from error
 
 
 if __name__ == "__main__":

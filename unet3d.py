@@ -53,7 +53,7 @@ def attention(q, k, v, mask=None):
     q (..., i, d), k and v (..., j, d); mask: boolean, broadcastable to (..., i, j), True where a
     key may be seen. Each query must see at least one key.
     """
-    if q.is_cuda:  # fused: never writes the (i, j) matrix to memory
+    if q.is_cuda:  # fused, for 4D inputs: never writes the (i, j) matrix to memory
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     # On a CPU the fused kernel is 2 to 15 times slower for sequences as short as ours.
     scores = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])
@@ -79,7 +79,7 @@ def rotary(x, positions):
 
 def zero_init(layer):
     """Start a residual branch at zero: the network begins as its skip path, which trains stably,
-    and temporal attention begins by leaving frames independent (Ho 2022, section 3)."""
+    and temporal attention begins by leaving frames independent."""
     nn.init.zeros_(layer.weight)
     nn.init.zeros_(layer.bias)
     return layer
@@ -97,9 +97,9 @@ class SpatialAttention(nn.Module):
 
     def forward(self, x):
         qkv = self.qkv(self.norm(x))
-        q, k, v = rearrange(qkv, "b f s (k n d) -> k b f n s d", k=3, n=self.heads)
+        q, k, v = rearrange(qkv, "b f s (k n d) -> k (b f) n s d", k=3, n=self.heads)
         y = attention(q, k, v)
-        return x + self.out(rearrange(y, "b f n s d -> b f s (n d)"))
+        return x + self.out(rearrange(y, "(b f) n s d -> b f s (n d)", b=len(x)))
 
 
 class TemporalAttention(nn.Module):
@@ -114,13 +114,13 @@ class TemporalAttention(nn.Module):
 
     def forward(self, x, frames_are_images=False):
         qkv = self.qkv(self.norm(x))
-        q, k, v = rearrange(qkv, "b f s (k n d) -> k b s n f d", k=3, n=self.heads)
+        q, k, v = rearrange(qkv, "b f s (k n d) -> k (b s) n f d", k=3, n=self.heads)
         if frames_are_images:
             y = v  # each frame attends to itself alone: softmax over one key is 1
         else:
             positions = torch.arange(x.shape[1], device=x.device)
             y = attention(rotary(q, positions), rotary(k, positions), v)
-        return x + self.out(rearrange(y, "b s n f d -> b f s (n d)"))
+        return x + self.out(rearrange(y, "(b s) n f d -> b f s (n d)", b=len(x)))
 
 
 class CrossAttention(nn.Module):
@@ -187,7 +187,7 @@ class SpaceTimeBlock(nn.Module):
     def __init__(self, c_in, c_out, config, attention=True):
         super().__init__()
         self.res = ResBlock(c_in, c_out, config.embedding_width, config.groups)
-        self.attention = attention
+        self.has_attention = attention
         if not attention:
             return
         self.spatial = SpatialAttention(c_out, config.head_width)
@@ -198,7 +198,7 @@ class SpaceTimeBlock(nn.Module):
     def forward(self, x, embedding, context, context_mask, frames_are_images):
         b, height = len(context), x.shape[2]
         x = self.res(x, embedding)
-        if not self.attention:
+        if not self.has_attention:
             return x
         x = rearrange(x, "(b f) c h w -> b f (h w) c", b=b)  # free in channels_last memory
         x = self.spatial(x)
@@ -261,6 +261,7 @@ class UNet3D(nn.Module):
         """What each frame is told about itself: (b, f, e) from t (b,) and fps (b,)."""
         position = (torch.arange(frames, device=t.device) + 0.5) / frames  # in the clip, 0 to 1
         features = torch.stack([
+            # 1000 only scales: a schedule with another number of timesteps works as well
             sinusoidal(t / 1000, 64, 1000)[:, None].expand(-1, frames, -1),
             sinusoidal(fps.log(), 64, 100)[:, None].expand(-1, frames, -1),
             sinusoidal(position, 64, 100)[None].expand(len(t), -1, -1),
@@ -276,12 +277,17 @@ class UNet3D(nn.Module):
         text_width) and context_mask (b, l), True at real tokens; fps: frames per second (b,).
         given: clean latents, the shape of x, and given_mask (b, f), True at the frames to take from
         it (none by default). frames_are_images: no information passes between frames.
-        Raises ValueError when h or w cannot be halved len(widths) - 1 times.
+        Raises ValueError when h or w cannot be halved len(widths) - 1 times, or the inputs do not
+        fit together.
         """
         b, _, frames, height, width = x.shape
         stride = 2 ** (len(self.config.widths) - 1)
         if height % stride or width % stride:
             raise ValueError(f"latent sides {height}x{width} must divide by {stride}")
+        if not b == len(t) == len(context) == len(context_mask) == len(fps):
+            raise ValueError(f"{b} latents need as many timesteps, contexts, masks and frame rates")
+        if (given is None) != (given_mask is None):
+            raise ValueError("given and given_mask come together")
         mask = x.new_zeros(b, 1, frames, height, width)
         if given_mask is None:
             given = torch.zeros_like(x)

@@ -312,6 +312,8 @@ class VAELoss(nn.Module):
 
     def __init__(self, config, vgg_path=None):
         super().__init__()
+        if config.vgg_weight and vgg_path is None:
+            raise ValueError("vgg_weight needs the VGG16 weights: random ones would mean nothing")
         self.config = config
         self.discriminator = PatchDiscriminator() if config.gan_weight else None
         self.vgg = VGGFeatures(vgg_path) if config.vgg_weight else None

@@ -1,7 +1,7 @@
-"""Speeds that the README states. Not a test: timings depend on the machine and on what else it does.
+"""How fast is it? Not a test: timings depend on the machine and on what else it does.
 
     python tests/benchmark.py shapes      # captioned clips rendered per second, on one core
-    python tests/benchmark.py train       # training steps of the shapes preset, clips per second
+    python tests/benchmark.py train       # UNet steps of the shapes preset, clips per second
     python tests/benchmark.py start       # seconds from starting sample.py to the finished GIF
 """
 
@@ -57,7 +57,8 @@ def train(steps=10, warmup=3):
 def start():
     with tempfile.TemporaryDirectory() as folder:
         begin = time.perf_counter()
-        command = [sys.executable, "sample.py", "a red circle moves right, then up", "--out", folder]
+        prompt = "a red circle moves right, then up"
+        command = [sys.executable, "sample.py", prompt, "--out", folder]
         subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
         return {"seconds": time.perf_counter() - begin}
 

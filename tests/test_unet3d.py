@@ -376,3 +376,11 @@ def test_presets_can_be_trained():
         assert y.shape == x.shape
         grads = torch.autograd.grad(y.square().mean(), list(weights.values()))
         assert all(0 < g.norm() < torch.inf for g in grads)
+
+
+@pytest.mark.parametrize("short", ["context", "context_mask", "fps", "t"])
+def test_inputs_of_different_batch_sizes_are_refused(unet, short):
+    """Broadcasting one context over two clips would fold both clips into a single one."""
+    inputs = make_inputs(b=2)
+    with pytest.raises(ValueError):
+        unet(**{**inputs, short: inputs[short][:1]})
