@@ -85,6 +85,14 @@ def zero_init(layer):
     return layer
 
 
+def sinusoidal(x, width, highest):
+    """Features cos and sin of x times geometrically spaced frequencies, from 1 to `highest` radians
+    per unit of x; (...,) -> (..., width). Vaswani 2017, section 3.5."""
+    steps = torch.linspace(0, 1, width // 2, device=x.device)
+    angles = x.float()[..., None] * highest**steps
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
 class SpatialAttention(nn.Module):
     """Every place sees every place of its own frame. x: (b, f, s, c) with s = h * w places."""
 
@@ -143,16 +151,24 @@ class CrossAttention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """Two linear layers with a GELU between them, at every place and time alike."""
+    """Two linear layers with a GELU between them, at every place and time alike.
 
-    def __init__(self, width, multiplier=4):
+    Its input is modulated by the frame's embedding (FiLM; Perez 2018). "right" makes an object's place
+    depend on the word, the time and the place all three; multiplying two of them here leaves a product
+    of two for the layers to learn, instead of one of three, which gradients hardly find.
+    """
+
+    def __init__(self, width, embedding_width, multiplier=4):
         super().__init__()
         self.norm = nn.LayerNorm(width)
+        self.film = zero_init(nn.Linear(embedding_width, 2 * width))
         self.up = nn.Linear(width, multiplier * width)
         self.down = zero_init(nn.Linear(multiplier * width, width))
 
-    def forward(self, x):
-        return x + self.down(F.gelu(self.up(self.norm(x)), approximate="tanh"))
+    def forward(self, x, embedding):
+        scale, shift = rearrange(self.film(embedding), "(b f) (k c) -> k b f 1 c", k=2, b=len(x))
+        y = self.norm(x) * (1 + scale) + shift
+        return x + self.down(F.gelu(self.up(y), approximate="tanh"))
 
 
 # ------------------------------------------------------------------------------ blocks
@@ -181,6 +197,13 @@ class ResBlock(nn.Module):
         return self.skip(x) + y
 
 
+def places(height, width, device):
+    """Where each place of a frame is: features of y and x, both from 0 to 1; (h * w, 64)."""
+    y, x = ((torch.arange(n, device=device) + 0.5) / n for n in (height, width))
+    features = sinusoidal(torch.cartesian_prod(y, x), 32, 30)
+    return rearrange(features, "s k w -> s (k w)")
+
+
 class SpaceTimeBlock(nn.Module):
     """Convolve within the frame, look around in space, then in time, read the words, then think."""
 
@@ -190,30 +213,25 @@ class SpaceTimeBlock(nn.Module):
         self.has_attention = attention
         if not attention:
             return
+        # Attention alone would not know left from right, and directions are words here.
+        self.place = zero_init(nn.Linear(2 * 32, c_out))
         self.spatial = SpatialAttention(c_out, config.head_width)
         self.temporal = TemporalAttention(c_out, config.head_width)
         self.cross = CrossAttention(c_out, config.head_width, config.text_width)
-        self.feed_forward = FeedForward(c_out)
+        self.feed_forward = FeedForward(c_out, config.embedding_width)
 
     def forward(self, x, embedding, context, context_mask, frames_are_images):
-        b, height = len(context), x.shape[2]
+        b, (height, width) = len(context), x.shape[2:]
         x = self.res(x, embedding)
         if not self.has_attention:
             return x
         x = rearrange(x, "(b f) c h w -> b f (h w) c", b=b)  # free in channels_last memory
+        x = x + self.place(places(height, width, x.device))
         x = self.spatial(x)
         x = self.temporal(x, frames_are_images)
         x = self.cross(x, context, context_mask)
-        x = self.feed_forward(x)
+        x = self.feed_forward(x, embedding)
         return rearrange(x, "b f (h w) c -> (b f) c h w", h=height)
-
-
-def sinusoidal(x, width, highest):
-    """Features cos and sin of x times geometrically spaced frequencies, from 1 to `highest` radians
-    per unit of x; (...,) -> (..., width). Vaswani 2017, section 3.5."""
-    steps = torch.linspace(0, 1, width // 2, device=x.device)
-    angles = x.float()[..., None] * highest**steps
-    return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
 def blocks(width, inputs, config, attention):
