@@ -246,17 +246,22 @@ class TextEncoder(nn.Module):
         self.init_weights()
 
     def init_weights(self):
-        """Normal(0, 0.02); the outputs that add to the residual path are smaller by
+        """Linear layers: Normal(0, 1 / fan-in); those that add to the residual path are smaller by
         1 / sqrt(2 depth), so that its variance does not grow with depth (Radford 2019, sec. 2.3).
+
+        Embeddings keep PyTorch's Normal(0, 1). With a deviation of 0.02, as in language models, what
+        words have in common soon outgrew what told them apart: after 6,000 steps the outputs
+        for "left" and "right" differed by 16% of their length (for "red" and "blue" by 156%), and
+        the model had not learned which is which.
         """
         for module in self.modules():
-            if isinstance(module, (nn.Linear, nn.Embedding)):
-                nn.init.normal_(module.weight, std=0.02)
+            if isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=module.in_features ** -0.5)
             if isinstance(module, nn.Linear) and module.bias is not None:
                 nn.init.zeros_(module.bias)
         for block in self.blocks:
             for linear in (block.attention.out, block.mlp[-1]):
-                nn.init.normal_(linear.weight, std=0.02 / math.sqrt(2 * self.config.depth))
+                linear.weight.data.mul_((2 * self.config.depth) ** -0.5)
 
     def forward(self, tokens, mask):
         """tokens (b, l) int64, mask (b, l) bool, True at real tokens -> context (b, l, d).

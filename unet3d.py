@@ -153,9 +153,9 @@ class CrossAttention(nn.Module):
 class FeedForward(nn.Module):
     """Two linear layers with a GELU between them, at every place and time alike.
 
-    Its input is modulated by the frame's embedding (FiLM; Perez 2018). "right" makes an object's place
-    depend on the word, the time and the place all three; multiplying two of them here leaves a product
-    of two for the layers to learn, instead of one of three, which gradients hardly find.
+    Its input is modulated by the frame's embedding (FiLM; Perez 2018). Where "right" puts an object
+    depends on a product of three things, the word, the time and the place; multiplying by the time
+    here leaves the layers a product of two to find.
     """
 
     def __init__(self, width, embedding_width, multiplier=4):

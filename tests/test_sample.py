@@ -171,6 +171,15 @@ def test_unknown_words_are_named(command):
     assert "'zebra', 'quickly'" in warning and "red" not in warning
 
 
+@pytest.mark.parametrize("prompt", ["字" * 300, "a" * 300, "?!", "../../x", "a/b\0c"])
+def test_any_prompt_gives_a_file_name(prompt):
+    arguments = [prompt, "--seed", str(2**62), "--num", "2", "--out", "folder"]
+    first, second = sample.output_paths(sample.parse_args(arguments))
+    assert first.parent == second.parent == Path("folder") and first != second
+    assert 0 < len(first.name.encode()) <= 230  # systems allow 255, some go to a temporary name
+    assert "/" not in first.name and "\0" not in first.name
+
+
 @pytest.mark.parametrize("upscale", [1, 3])
 def test_upscale_enlarges(command, upscale):
     _, (path,), _ = command("--upscale", upscale)
@@ -286,6 +295,7 @@ def test_prompts_that_cannot_be_drawn_are_refused(command, prompt, words):
     ("--format avi", "avi"),
     ("--out x.gif --num 2", "--num 2"),
     ("--out x.gif --format mp4", ".mp4"),
+    ("--out x.webm", ".gif, .mp4, .png"),
 ])
 def test_settings_that_do_not_fit_are_refused(command, arguments, words):
     assert_refused(command(*arguments.split()), {}, words)

@@ -239,7 +239,8 @@ def test_initialisation():
             assert (parameter == 0).all(), name
         elif parameter.ndim == 2:
             residual = "attention.out" in name or "mlp.2" in name
-            std = 0.02 / (2 * config.depth) ** 0.5 if residual else 0.02
+            std = 1.0 if "embedding" in name else parameter.shape[1] ** -0.5
+            std *= (2 * config.depth) ** -0.5 if residual else 1
             assert parameter.std().item() == pytest.approx(std, rel=0.05), name
 
 

@@ -211,6 +211,16 @@ def test_a_run_is_not_overwritten_by_another(preset, finished, arguments, messag
     assert {p: p.read_bytes() for p in finished.rglob("*") if p.is_file()} == before
 
 
+def test_weights_that_do_not_fit_are_refused(preset, finished, copied, tmp_path):
+    wider = replace(preset, unet=replace(preset.unet, widths=(32, 64)))
+    with pytest.raises(UserError, match="does not fit the preset"):
+        run_train(wider, "diffusion", "--out", copied, "--resume")
+    larger = replace(preset, size=64, unet=replace(preset.unet, latent_size=8))
+    with pytest.raises(UserError, match="of 64 pixels"):
+        start = ("--init", finished / "model.pt")
+        run_train(larger, "diffusion", "--out", tmp_path / "new", *start)
+
+
 def test_a_user_error_is_one_line_and_status_2(preset, tmp_path, capsys):
     """--resume without a run, and the second stage without the first."""
     for arguments in (["vae", "--resume"], ["diffusion"], ["vae", "--steps", "0"]):
@@ -329,7 +339,7 @@ def test_init_starts_from_trained_weights(preset, finished, tmp_path, stage, sta
         if "state" in ours:
             assert ours["config"] == theirs["config"]
             ours, theirs = ({k: v.half() for k, v in p["state"].items()} for p in (ours, theirs))
-            if stage == "vae":  # these are measured anew, on the decoder's untouched input
+            if stage == "vae":  # these are measured anew
                 for name in ("latent_mean", "latent_std"):
                     assert torch.allclose(ours.pop(name), theirs.pop(name), rtol=0.01, atol=0.01)
         assert differences(ours, theirs) == [], part
@@ -653,6 +663,15 @@ def test_a_gradient_that_is_not_finite_moves_nothing(tmp_path, loss):
     with pytest.raises(UserError):
         run.update(loss(model.weight))
     assert torch.equal(model.weight, before)
+
+
+def test_a_discriminator_that_is_not_finite_stops_the_run_too(tmp_path):
+    model, judge = nn.Linear(2, 2), nn.Linear(2, 2)
+    before, arguments = judge.weight.detach().clone(), train.parse_args(["vae", "--out", "x"])
+    run = Run(arguments, "vae", TRAINING, {"vae": model}, judge)
+    with pytest.raises(UserError, match="not finite"):
+        run.update_discriminator(judge.weight.sum() * math.nan)
+    assert torch.equal(judge.weight, before)
 
 
 def test_long_gradients_are_clipped(tmp_path):
