@@ -30,7 +30,7 @@ from unet3d import UNet3D, UNet3DConfig
 from vae import AutoencoderKL, VAEConfig
 
 CHECKPOINT = Path(__file__).parent / "pretrained" / "shapes.pt"
-STEPS, SAMPLER, GUIDANCE = 30, "dpm", 3.0
+STEPS, SAMPLER, GUIDANCE = 20, "dpm", 4.0
 
 
 # ------------------------------------------------------------------------------ command-line
