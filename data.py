@@ -53,10 +53,10 @@ REACH = {"circle": 0.95, "square": 1.2, "triangle": 1.35, "star": 1.4, "ring": 1
 RADII = {"small": 6.0, "": 8.0, "big": 10.0}  # pixels, of a 64-pixel frame
 MOTIONS = ("left", "right", "up", "down", "grows", "shrinks", "spins", "stays still")
 DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
-SPEED = 12.0  # pixels per second
+SPEED = 16.0  # pixels per second
 GROWTH = 0.3  # change of log radius per second
 SPIN = np.pi / 2  # radians per second, clockwise
-FPS_RANGE = (6.0, 12.0)  # frames per second drawn in training; 8 is the default elsewhere
+FPS_RANGE = (8.0, 12.0)  # frames per second drawn in training; 8 is the default elsewhere
 FPS = 8.0
 FRAMES, SIZE = 16, 64
 

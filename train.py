@@ -56,6 +56,7 @@ class TrainConfig:
     videos: int = 10_000  # size of the procedural data set
     caption_dropout: float = 0.1  # share of captions replaced by "": trains the null for guidance
     text_only: float = 0.5  # share of clips in which no frame is given clean
+    easy_start: int = 0  # steps of easier questions at first, see `beginning`
     log_every: int = 50
     save_every: int = 500  # checkpoint and sample pictures
 
@@ -86,9 +87,9 @@ PRESETS = {
         vae_training=TrainConfig(steps=2500, batch_size=32, lr=1e-3),
         text=TextEncoderConfig(),
         unet=UNet3DConfig(),
-        diffusion=DiffusionConfig(shift=2.0),
+        diffusion=DiffusionConfig(shift=3.0),
         diffusion_training=TrainConfig(
-            steps=7100, batch_size=16, lr=1e-3, decay=0.65, optimizer="muon"
+            steps=6600, batch_size=16, lr=1e-3, decay=0.65, optimizer="muon", easy_start=1500
         ),
     ),
     "ucf101": Preset(
@@ -560,6 +561,18 @@ def build_models(args, preset):
     return None, TextEncoder(preset.text), UNet3D(preset.unet), schedule, vae
 
 
+def beginning(step, config):
+    """How much of the easy start is left: falls from 1 to 0 in the first `easy_start` steps.
+
+    Training begins with one question: here is the first frame, there is a sentence, all else is
+    noise; what happens? Then the words are all there is to go by. Drawn from all timesteps alike,
+    most clips show their motion through the noise, and the words for it were still unread after
+    thousands of steps. So as long as it lasts, the first frame is given in this share of clips, and
+    the timesteps are the noisiest ones: the last 5% at first, all of them at the end.
+    """
+    return max(0.0, 1 - step / config.easy_start) if config.easy_start else 0.0
+
+
 def draw_batch(seed, step, config, latents, schedule):
     """All that is random in a step: which clips and which captions (b,), the clips' latents, given
     frames (b, f), timesteps (b,), and noise. Caption number len(latents) is the null one."""
@@ -568,9 +581,12 @@ def draw_batch(seed, step, config, latents, schedule):
     dropped = rng.random(config.batch_size) < config.caption_dropout
     rows = np.where(dropped, len(latents), index)
     given = draw_given_frames(rng, len(index), latents.shape[2], config.text_only)
+    easy = beginning(step, config)
+    given[rng.random(len(index)) < easy] = torch.arange(latents.shape[2]) == 0
     noise = torch.randn((len(index), *latents.shape[1:]), generator=source)
     # One timestep from each of b equal intervals: a quieter gradient (Kingma 2021, appendix I.1).
     u = (torch.rand(1, generator=source) + torch.arange(len(index)) / len(index)) % 1
+    u = 1 - (1 - u) * (1 - 0.95 * easy)
     t = (u * schedule.config.timesteps).long()
     clips, rows = torch.from_numpy(index), torch.from_numpy(rows)
     return clips, rows, latents[clips].float(), given, t, noise

@@ -7,12 +7,14 @@ and cross-attention from every place and time to every word. Input is the noisy 
 frames.
 
 Two things make the action follow the words in order. Each frame is told where in the clip it is (0
-to 1), because relative positions alone cannot say "first ..., then ..."; and it is told the frame
-rate, because a clip covers its whole action, however long that takes.
+to 1), because relative positions alone cannot say "first ..., then ...", and looks up in the
+caption what happens at that time. And it is told the frame rate, because a clip covers its whole
+action, however long that takes.
 
 Letters used here: `b` batch, `c` channels, `f` frames, `h w` height and width, `l` text tokens, `d`
 width of one attention head, `n` attention heads, `e` width of the embedding of (timestep, frame
-rate, position). `t` is the diffusion timestep, never a frame index. Latents are (b, c, f, h, w).
+rate, position, words). `t` is the diffusion timestep, never a frame index. Latents are (b, c, f, h,
+w).
 """
 
 import math
@@ -198,10 +200,10 @@ class ResBlock(nn.Module):
 
 
 def places(height, width, device):
-    """Where each place of a frame is: features of y and x, both from 0 to 1; (h * w, 64)."""
+    """Where each place of a frame is: features of y and x, both from 0 to 1; (64, h, w)."""
     y, x = ((torch.arange(n, device=device) + 0.5) / n for n in (height, width))
     features = sinusoidal(torch.cartesian_prod(y, x), 32, 30)
-    return rearrange(features, "s k w -> s (k w)")
+    return rearrange(features, "(h w) k e -> (k e) h w", h=height)
 
 
 class SpaceTimeBlock(nn.Module):
@@ -213,20 +215,17 @@ class SpaceTimeBlock(nn.Module):
         self.has_attention = attention
         if not attention:
             return
-        # Attention alone would not know left from right, and directions are words here.
-        self.place = zero_init(nn.Linear(2 * 32, c_out))
         self.spatial = SpatialAttention(c_out, config.head_width)
         self.temporal = TemporalAttention(c_out, config.head_width)
         self.cross = CrossAttention(c_out, config.head_width, config.text_width)
         self.feed_forward = FeedForward(c_out, config.embedding_width)
 
     def forward(self, x, embedding, context, context_mask, frames_are_images):
-        b, (height, width) = len(context), x.shape[2:]
+        b, height = len(context), x.shape[2]
         x = self.res(x, embedding)
         if not self.has_attention:
             return x
         x = rearrange(x, "(b f) c h w -> b f (h w) c", b=b)  # free in channels_last memory
-        x = x + self.place(places(height, width, x.device))
         x = self.spatial(x)
         x = self.temporal(x, frames_are_images)
         x = self.cross(x, context, context_mask)
@@ -253,9 +252,14 @@ class UNet3D(nn.Module):
             raise ValueError(f"widths {config.widths} must be multiples of {config.head_width}")
         self.config = config
         e = config.embedding_width
-        self.embed = nn.Sequential(nn.Linear(3 * 64, e), nn.SiLU(), nn.Linear(e, e), nn.SiLU())
-        # noisy latent, given latent, mask
-        self.conv_in = nn.Conv2d(2 * config.channels + 1, config.widths[0], 3, padding=1)
+        self.embed = nn.Sequential(nn.Linear(3 * 64, e), nn.SiLU(), nn.Linear(e, e))
+        self.read = CrossAttention(e, config.head_width, config.text_width)
+        self.embed_out = nn.Sequential(
+            nn.LayerNorm(e), nn.Linear(e, 2 * e), nn.SiLU(), nn.Linear(2 * e, e), nn.SiLU()
+        )
+        # Noisy latent, given latent, mask; and the place (Liu 2018, CoordConv): neither convolutions
+        # nor attention would know left from right, and directions are words here.
+        self.conv_in = nn.Conv2d(2 * config.channels + 1 + 2 * 32, config.widths[0], 3, padding=1)
         self.down, self.up = nn.ModuleList(), nn.ModuleList()
         levels = zip(config.widths, config.widths[1:], config.blocks, config.attention)
         for width, wider, count, attention in levels:
@@ -275,8 +279,9 @@ class UNet3D(nn.Module):
         self.conv_out = zero_init(nn.Conv2d(config.widths[0], config.channels, 3, padding=1))
         self.to(memory_format=torch.channels_last)  # see SpaceTimeBlock; convolutions like it too
 
-    def embedding(self, t, fps, frames):
-        """What each frame is told about itself: (b, f, e) from t (b,) and fps (b,)."""
+    def embedding(self, t, fps, frames, context, context_mask):
+        """What each frame is told about itself, ((b f), e): the timestep t (b,), the frame rate fps
+        (b,), its position in the clip, and what it finds in the words when it asks with these."""
         position = (torch.arange(frames, device=t.device) + 0.5) / frames  # in the clip, 0 to 1
         features = torch.stack([
             # 1000 only scales: a schedule with another number of timesteps works as well
@@ -284,7 +289,9 @@ class UNet3D(nn.Module):
             sinusoidal(fps.log(), 64, 100)[:, None].expand(-1, frames, -1),
             sinusoidal(position, 64, 100)[None].expand(len(t), -1, -1),
         ], dim=2)
-        return self.embed(rearrange(features, "b f k w -> b f (k w)"))
+        x = self.embed(rearrange(features, "b f k w -> b f 1 (k w)"))
+        x = self.embed_out(self.read(x, context, context_mask))
+        return rearrange(x, "b f 1 e -> (b f) e")
 
     def forward(
         self, x, t, context, context_mask, fps, given=None, given_mask=None, frames_are_images=False
@@ -311,10 +318,12 @@ class UNet3D(nn.Module):
             given = torch.zeros_like(x)
         else:
             mask = mask + given_mask[:, None, :, None, None].to(x.dtype)
-        embedding = rearrange(self.embedding(t, fps, frames), "b f e -> (b f) e")
+        embedding = self.embedding(t, fps, frames, context, context_mask)
+        place = places(height, width, x.device).to(x.dtype)
+        place = place[None, :, None].expand(b, -1, frames, -1, -1)
         conditions = (embedding, context, context_mask, frames_are_images)
 
-        x = torch.cat([x, mask * given, mask], dim=1)           # b 2c+1 f h w
+        x = torch.cat([x, mask * given, mask, place], dim=1)    # b 2c+1+64 f h w
         x = rearrange(x, "b c f h w -> (b f) c h w").contiguous(memory_format=torch.channels_last)
         x = self.conv_in(x)                                     # (b f) widths[0] h w
         skips = []

@@ -24,11 +24,11 @@ import sample
 import train
 import vae
 from data import MovingShapes
-from diffusion import NoiseSchedule, diffusion_loss
+from diffusion import DiffusionConfig, NoiseSchedule, diffusion_loss
 from sample import UserError, load_pipeline, run_command
 from text_encoder import END, START, TextEncoder
-from train import EMA, Muon, Run, TrainConfig, draw_given_frames, learning_rate, make_optimizers
-from train import orthogonalize
+from train import EMA, Muon, Run, TrainConfig, draw_batch, draw_given_frames, learning_rate
+from train import lowest_timestep, make_optimizers, orthogonalize
 from unet3d import UNet3D
 from vae import AutoencoderKL, VAELossConfig
 
@@ -125,6 +125,17 @@ def test_learning_rate_rises_stays_and_falls():
     assert rates == sorted(rates[:100]) + rates[100:600] + sorted(rates[600:], reverse=True)
     flat = replace(config, warmup=0, decay=0)
     assert {learning_rate(step, flat) for step in range(1000)} == {2.0}
+
+
+def test_timesteps_start_noisy_and_end_everywhere():
+    config = replace(TRAINING, easy_start=100, batch_size=64)
+    schedule = NoiseSchedule(DiffusionConfig(timesteps=1000))
+    latents = torch.zeros(8, 2, 2, 1, 1)
+    for step, lowest in [(0, 950), (50, 475), (99, 9), (100, 0), (5000, 0)]:
+        t = draw_batch(0, step, config, latents, schedule)[4]
+        spacing = (1000 - lowest) / 64  # one timestep from each of 64 equal intervals
+        assert lowest <= t.min() < lowest + spacing + 1 and 1000 - spacing - 1 <= t.max() < 1000
+    assert lowest_timestep(0, replace(config, easy_start=0)) == 0
 
 
 # ------------------------------------------------------------------------------ resume

@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 import unet3d
 from unet3d import (CrossAttention, SpatialAttention, TemporalAttention, UNet3D, UNet3DConfig,
-                    attention, rotary, sinusoidal)
+                    attention, places, rotary, sinusoidal)
 
 CONFIG = UNet3DConfig(
     channels=3, widths=(16, 32), blocks=(1, 1), attention=(True, True), head_width=16,
@@ -245,6 +245,30 @@ def test_frames_know_their_position(unet):
 
 
 # ------------------------------------------------------------------------------ other inputs
+
+
+def test_every_frame_reads_the_words_for_itself(unet):
+    inputs = make_inputs(frames=4)
+    names = ("t", "context", "context_mask", "fps")
+
+    def embed(**changes):
+        return unet.embedding(frames=4, **{k: (inputs | changes)[k] for k in names}).view(2, 4, -1)
+
+    swapped = inputs["context"].roll(1, 0)
+    change = embed(context=swapped) - embed()
+    assert change.abs().amax(-1).min() > 1e-3  # of all frames,
+    assert (change[:, 1:] - change[:, :-1]).abs().amax(-1).min() > 1e-4  # and of each differently
+    half = inputs["context"].clone()
+    half[0, 2:] += 1  # padding
+    assert torch.equal(embed(context=half), embed())
+
+
+def test_every_place_is_known():
+    features = places(4, 6, "cpu").flatten(1)
+    assert torch.cdist(features.T, features.T).add(torch.eye(24)).min() > 0.1
+    # Cosines of y come first, at frequency 1; then the sines of y, then x.
+    assert torch.allclose(places(2, 2, "cpu")[0], torch.tensor([[0.25], [0.75]]).cos().expand(2, 2))
+    assert torch.allclose(places(2, 2, "cpu")[48], torch.tensor([0.25, 0.75]).sin().expand(2, 2))
 
 
 def test_timestep_and_frame_rate_are_seen(unet):
