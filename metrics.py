@@ -530,7 +530,7 @@ def small_sample_warnings(names, num, frames):
     if {"fvd", "kvd", "is"} & set(names) and num <= I3D_CLASSES:
         warnings.append(
             f"{num} clips are too few for {I3D_CLASSES} features: the covariance has not full "
-            "rank, FVD is too high, IS too low; compare only with values of the same number of clips"
+            "rank, FVD is too high, IS too low; compare only with values of as many clips"
         )
     if "fid" in names and num * frames <= V3_WIDTH:
         warnings.append(
