@@ -189,6 +189,7 @@ V3_POOLS = {
 
 
 def block_a(pooled):
+    """35x35 maps (Szegedy 2016, fig. 5). pooled: channels of the pool branch."""
     return [
         [conv("branch1x1", 64, 1)],
         [conv("branch5x5_1", 48, 1), conv("branch5x5_2", 64, 5)],
@@ -201,6 +202,7 @@ def block_a(pooled):
 
 
 def block_b():
+    """35x35 to 17x17 maps."""
     return [
         [conv("branch3x3", 384, 3, stride=2)],
         [
@@ -212,6 +214,7 @@ def block_b():
 
 
 def block_c(c7):
+    """17x17 maps (Szegedy 2016, fig. 6). c7: channels inside the branches of 7s."""
     return [
         [conv("branch1x1", 192, 1)],
         [
@@ -228,6 +231,7 @@ def block_c(c7):
 
 
 def block_d():
+    """17x17 to 8x8 maps."""
     return [
         [conv("branch3x3_1", 192, 1), conv("branch3x3_2", 320, 3, stride=2)],
         [
@@ -239,6 +243,8 @@ def block_d():
 
 
 def block_e(pool):
+    """8x8 maps (Szegedy 2016, fig. 7). pool: a key of V3_POOLS."""
+
     def fork(name):
         return [[conv(f"{name}a", 384, (1, 3))], [conv(f"{name}b", 384, (3, 1))]]
 
