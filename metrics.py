@@ -1,30 +1,136 @@
-"""How good are generated videos? This file holds the caption oracle of `MovingShapes`.
+"""How good are generated videos? FVD, KVD, FID, Inception Score, and accuracy against the caption.
 
-The oracle inverts the renderer of `data.py`: from pixels alone, with no network, it reads the
-colour and the shape of every object and what it does in each half of the clip. Generated videos can
-therefore be checked against their captions, word by word, and so can their frame rate: the motions
-are compared with the speeds per second that the training data has.
-
+    python metrics.py --fetch-i3d                                    # once: the I3D weights
+    python metrics.py --real shapes --fake pretrained/shapes.pt      # FVD, KVD, IS
+    python metrics.py --real clips/real --fake clips/mine --num 500  # of two folders of videos
     python metrics.py --fake pretrained/shapes.pt --metrics captions --num 200
-    python metrics.py --fake shapes --metrics captions          # the oracle on rendered clips
 
-Prints one JSON object. Letters used here: `f` frames, `h w` height and width. Videos are uint8
-arrays (f, h, w, 3).
+Prints one JSON object: the values and the protocol under which they hold. A value means nothing
+without it: for one model, FVD changes twofold with the number of clips, their stride and size.
+
+FVD compares the features of real and generated clips as two Gaussians, KVD by a kernel; both use
+I3D. FID is the same for single frames, with Inception-v3. The Inception Score asks whether a
+classifier is sure about each clip and sees many classes over all. The caption oracle inverts the
+renderer of `MovingShapes`: from pixels alone, with no network, it reads the colour and the shape of
+every object and what it does in each half of the clip, so that generated videos can be checked
+against their captions, word by word, and their motions against the speeds of the training data.
+
+Letters used here: `n` clips, `d` feature width, `f` frames, `h w` height and width. Videos are
+uint8 arrays (f, h, w, 3).
 """
 
 import argparse
+import hashlib
+import itertools
 import json
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
+import torch.nn.functional as F
+from einops import rearrange
 from tqdm import tqdm
 
-from data import BACKGROUND, COLOURS, FPS, GROWTH, MOTIONS, POLYGONS, REACH, SIZE, SPEED, SPIN
-from data import MovingShapes, atomic_path, rates, render, shape_distance
+from data import BACKGROUND, COLOURS, FPS, FRAMES, GROWTH, MOTIONS, POLYGONS, REACH, SIZE, SPEED
+from data import SPIN, MovingShapes, Sample, atomic_path, rates, render, shape_distance, to_model
 from diffusion import SAMPLERS
+from inception import I3D_CLASSES, I3D_MIN_FRAMES, I3D_SIZE, V3_FILE, V3_SIZE, V3_WIDTH
+from inception import InceptionI3D, InceptionV3, WeightsError, cache_folder, fetch_i3d, i3d_path
+from inception import load_i3d, load_inception, sha256
 from sample import GUIDANCE, SAMPLER, STEPS, Parser, UserError
 from sample import load_pipeline, number, pick_device, run_command
+
+# ------------------------------------------------------------------------------ distances
+
+
+@dataclass
+class FeatureStatistics:
+    """Mean and covariance of features that come in batches, in float64.
+
+    n: how many so far; mean: (d,); scatter: sum of outer products about the mean, (d, d).
+    """
+
+    n: int = 0
+    mean: torch.Tensor = 0.0
+    scatter: torch.Tensor = 0.0
+
+    def update(self, features):
+        """Count in features (n, d), n >= 1. Returns self. (Chan 1983, for vectors.)"""
+        x = torch.as_tensor(features).double()
+        mean = x.mean(0)
+        shift, total = mean - self.mean, self.n + len(x)
+        spread = torch.outer(shift, shift) * (self.n * len(x) / total)
+        self.scatter = self.scatter + (x - mean).T @ (x - mean) + spread
+        self.mean = self.mean + shift * (len(x) / total)
+        self.n = total
+        return self
+
+    @property
+    def covariance(self):
+        """Unbiased, 1/(n - 1): (d, d). Raises ValueError for fewer than two features."""
+        if self.n < 2:
+            raise ValueError(f"a covariance needs two features or more, not {self.n}")
+        return self.scatter / (self.n - 1)
+
+
+def frechet_distance(real, fake):
+    """|mu1 - mu2|^2 + Tr(S1 + S2 - 2 (S1 S2)^(1/2)) between Gaussians fitted to two sets.
+
+    FID (Heusel 2017, eq. 6) and FVD (Unterthiner 2018). real, fake: features (n, d) or their
+    `FeatureStatistics`, two or more on each side.
+    """
+    sides = (real, fake)
+    a, b = (x if isinstance(x, FeatureStatistics) else FeatureStatistics().update(x) for x in sides)
+    # Tr (S1 S2)^(1/2) is the sum of the singular values of S1^(1/2) S2^(1/2): the same both ways
+    # round, and exact where fewer clips than features leave the covariances without full rank.
+    cross = torch.linalg.svdvals(_square_root(a.covariance) @ _square_root(b.covariance)).sum()
+    trace = a.covariance.trace() + b.covariance.trace() - 2 * cross
+    return max(0.0, float((a.mean - b.mean).square().sum() + trace))
+
+
+def _square_root(covariance):
+    values, vectors = torch.linalg.eigh(covariance)
+    return (vectors * values.clamp(min=0).sqrt()) @ vectors.T  # below 0 only by rounding
+
+
+def kernel_distance(real, fake):
+    """Unbiased squared MMD with the kernel (x.y / d + 1)^3; may be slightly negative.
+
+    KID (Binkowski 2018), and KVD on the features of FVD; the estimator is that of Gretton 2012,
+    lemma 6. real, fake: features (n, d), two or more on each side.
+    """
+    x, y = (torch.as_tensor(side).double() for side in (real, fake))
+    m, n = len(x), len(y)
+    if min(m, n) < 2:
+        raise ValueError(f"a kernel distance needs two features or more, not {m} and {n}")
+
+    def total(a, b):
+        parts = a.split(1024)  # the whole kernel matrix of many clips would not fit in memory
+        return sum(((part @ b.T / a.shape[1] + 1) ** 3).sum() for part in parts)
+
+    def diagonal(a):
+        return ((a.square().mean(1) + 1) ** 3).sum()
+
+    within_x = (total(x, x) - diagonal(x)) / (m * (m - 1))
+    within_y = (total(y, y) - diagonal(y)) / (n * (n - 1))
+    return float(within_x + within_y - 2 * total(x, y) / (m * n))
+
+
+def inception_score(logits, splits=10):
+    """exp(E_x KL(p(y|x) || p(y))), mean and standard deviation over consecutive splits.
+
+    Salimans 2016, section 4. logits: (n, classes); from 1 to `classes`. At most n splits are made.
+    """
+    log_p = torch.as_tensor(logits).double().log_softmax(1)
+    scores = []
+    for part in log_p.tensor_split(min(splits, len(log_p))):
+        log_mean = part.logsumexp(0) - np.log(len(part))
+        scores.append((part.exp() * (part - log_mean)).sum(1).mean().exp())
+    scores = torch.stack(scores)
+    return float(scores.mean()), float(scores.std(correction=0))
+
 
 # ------------------------------------------------------------------------------ caption oracle
 
@@ -204,13 +310,291 @@ def _compare(thing, reading):
     return np.array([thing.colour == reading.colour, thing.shape == reading.shape, *actions, True])
 
 
-# ------------------------------------------------------------------------------ command line
+# ------------------------------------------------------------------------------ clips
+
+VIDEO_SUFFIXES = (".avi", ".gif", ".mkv", ".mov", ".mp4", ".webm")
+
+
+def find_videos(folder):
+    """The video files in a folder and the folders in it, in order."""
+    paths = Path(folder).rglob("*")
+    return sorted(path for path in paths if path.suffix.lower() in VIDEO_SUFFIXES)
+
+
+def read_clips(paths, frames, stride=1, seed=0, size=None):
+    """A clip of each video that can be read and is long enough: `Sample`s without a scene.
+
+    Its frames lie `stride` apart, from a random place that depends on the seed and on the video's
+    place in the list alone. size: see `fit`.
+    """
+    import imageio.v3 as iio  # PyAV takes a while to import
+
+    span = (frames - 1) * stride + 1
+    for i, path in enumerate(paths):
+        try:
+            with iio.imopen(path, "r", plugin="pyav") as file:
+                video, fps = file.read(), file.metadata()["fps"]
+        except Exception:  # PyAV has a class of its own for each way in which a file is broken
+            continue
+        if len(video) >= span:
+            start = np.random.default_rng((seed, i)).integers(len(video) - span + 1)
+            clip = video[start : start + span : stride]
+            yield Sample(path.parent.name, fit(clip, size), float(fps) / stride, [])
+
+
+def fit(video, size=None):
+    """The centre square of uint8 (f, h, w, 3), resized to size x size; None changes nothing."""
+    height, width = video.shape[1:3]
+    if size is None or height == width == size:
+        return video
+    side = min(height, width)
+    top, left = (height - side) // 2, (width - side) // 2
+    square = torch.from_numpy(video[:, top : top + side, left : left + side])
+    square = rearrange(square, "f h w c -> f c h w").float()
+    square = F.interpolate(square, (size, size), mode="bilinear", antialias=True)
+    return rearrange(square.round().clamp(0, 255).byte(), "f c h w -> f h w c").numpy()
+
+
+def generate_clips(pipeline, captions, args, fps=FPS, frames=FRAMES):
+    """A `Sample` for each caption, generated with seed + its index; see `Pipeline.generate`."""
+    for start in range(0, len(captions), args.batch_size):
+        part = captions[start : start + args.batch_size]
+        try:
+            videos = pipeline.generate(
+                part, args.seed + start, frames, fps, args.steps, args.sampler, args.guidance,
+                batch_size=args.batch_size,
+            )
+        except ValueError as error:
+            raise UserError(f"cannot generate {part[0]!r} and the following: {error}") from error
+        yield from (Sample(caption, video, fps, []) for caption, video in zip(part, videos))
+
+
+@dataclass
+class Source:
+    """Where the clips of one side come from.
+
+    name: as on the command line; paths: the videos of a folder, shuffled; pipeline: that of a
+    checkpoint; neither for `MovingShapes`, whose clips are drawn with `seed`.
+    """
+
+    name: str
+    seed: int
+    paths: list = None
+    pipeline: object = None
+
+    @classmethod
+    def open(cls, name, seed, args, device):
+        """Raises UserError where there is nothing to take `args.num` clips from."""
+        if name == "shapes":
+            return cls(name, seed)
+        if not Path(name).is_dir():
+            return cls(name, seed, pipeline=load_pipeline(name, device))
+        paths = find_videos(name)
+        if len(paths) < args.num:
+            found = f"{len(paths)} videos" if paths else "no videos"
+            raise UserError(f"{found} in {name}, fewer than --num {args.num}")
+        # The same on both sides: a folder compared with itself is at distance 0.
+        order = np.random.default_rng(args.seed).permutation(len(paths))
+        return cls(name, seed, paths=[paths[i] for i in order])
+
+    def samples(self, args, size, captions=None, fps=FPS):
+        """An iterator of `args.num` `Sample`s or fewer. captions and fps are for a checkpoint."""
+        if self.paths:
+            clips = read_clips(self.paths, args.frames, args.stride, args.seed, size)
+            return itertools.islice(clips, args.num)
+        shapes = MovingShapes(args.num, "train", self.seed, args.frames, size, FPS)
+        if not self.pipeline:
+            return _draw(shapes[i] for i in range(args.num))
+        captions = captions or list(_draw(shapes.describe(i)[0] for i in range(args.num)))
+        return generate_clips(self.pipeline, captions, args, fps, args.frames)
+
+    def fingerprint(self, args):
+        """What tells this source from others, and from itself after a change: plain values."""
+        if self.paths:
+            files = [(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in self.paths]
+            return hashlib.sha256(repr(files).encode()).hexdigest()
+        if self.pipeline:
+            return [sha256(self.name), self.seed, args.steps, args.sampler, args.guidance]
+        first = MovingShapes(1, "train", self.seed, fps=FPS)[0]
+        return hashlib.sha256(first.caption.encode() + first.video.tobytes()).hexdigest()
+
+
+def _draw(items):
+    try:
+        yield from items
+    except ValueError as error:
+        raise UserError("shapes leave the picture in so many frames: lower --frames") from error
+
+
+# ------------------------------------------------------------------------------ measuring
+
+SPLITS = 10  # of the Inception Score
+CLIPS_AT_ONCE = 8  # through I3D: about 1 GiB of activations
+
+
+def load_networks(args, names, device):
+    """The classifiers that the named metrics need, and what the protocol says about each."""
+    networks, files = {}, {}
+    if {"fvd", "kvd", "is"} & set(names):
+        networks["i3d"], files["i3d"] = load_i3d(args.i3d), Path(args.i3d or i3d_path())
+    if args.inception and {"fid", "is"} & set(names):
+        networks["inception"] = load_inception(args.inception)
+        files["inception"] = Path(args.inception)
+    # With channels last 2 CPU cores do 3 times as many clips a second, 1.3 times as many frames.
+    formats = {InceptionI3D: torch.channels_last_3d, InceptionV3: torch.channels_last}
+    for network in networks.values():
+        network.to(device)
+        if device.type == "cpu" and type(network) in formats:
+            network.to(memory_format=formats[type(network)])
+    if device.type == "cuda":  # its convolutions would round to 10 bits
+        torch.backends.cudnn.allow_tf32 = False
+    return networks, {k: {"file": path.name, "sha256": sha256(path)} for k, path in files.items()}
+
+
+@torch.inference_mode()
+def extract(samples, num, networks, device, title="clips", size=None):
+    """Features of `num` `Sample`s as a dict of plain values and tensors.
+
+    "i3d": logits (n, 400); "frames": the fields of the `FeatureStatistics` of Inception-v3, and
+    "frame_logits": (n f, 1008); "captions", "fps": of each clip; "size": [h, w] of all frames.
+    Raises UserError if the samples are too few, or their frames not of one size, that given if any.
+    """
+    side = {"captions": [], "fps": [], "size": size}
+    logits, statistics, frame_logits = [], FeatureStatistics(), []
+    samples = iter(samples)
+    with tqdm(total=num, desc=title, unit="clip") as bar:
+        while batch := list(itertools.islice(samples, CLIPS_AT_ONCE)):
+            for sample in batch:
+                side["captions"].append(sample.caption)
+                side["fps"].append(sample.fps)
+                found = list(sample.video.shape[1:3])
+                side["size"] = side["size"] or found
+                if found != side["size"]:
+                    raise UserError(f"{title} of {found} pixels, others of {side['size']}: "
+                                    "resize the videos to one size first")
+            videos = to_model(np.stack([sample.video for sample in batch])).to(device)
+            if "i3d" in networks:
+                logits.append(networks["i3d"](videos).cpu())
+            if "inception" in networks:
+                for frames in rearrange(videos, "b c f h w -> b f c h w"):
+                    features, classes = networks["inception"](frames)
+                    statistics.update(features.cpu())
+                    frame_logits.append(classes.cpu())
+            bar.update(len(batch))
+    if len(side["fps"]) < num:
+        raise UserError(f"only {len(side['fps'])} of the {title} can be read and are long enough, "
+                        f"fewer than --num {num}")
+    side["i3d"] = torch.cat(logits) if logits else None
+    side["frames"] = vars(statistics) if frame_logits else None
+    return side | {"frame_logits": torch.cat(frame_logits) if frame_logits else None}
+
+
+def remember(protocol, compute):
+    """compute(), or what it returned the last time under exactly this protocol, from the cache."""
+    text = json.dumps(protocol, sort_keys=True)
+    name = f"real-{hashlib.sha256(text.encode()).hexdigest()[:16]}.pt"
+    try:
+        side = torch.load(cache_folder() / name, weights_only=True)
+        if side["protocol"] == text:
+            return side
+    except Exception:  # absent, or damaged: measured again
+        pass
+    side = compute() | {"protocol": text}
+    try:
+        with atomic_path(cache_folder() / name) as path:
+            torch.save(side, path)
+    except OSError as error:
+        raise UserError(f"cannot write the cache in {cache_folder()}: {error.strerror}") from error
+    return side
+
+
+def compare(real, fake, names):
+    """The named metrics of two `extract`ed sides: a dict. real may be None for "is" alone."""
+    result = {}
+    if "fvd" in names:
+        result["fvd"] = round(frechet_distance(real["i3d"], fake["i3d"]), 6)
+    if "kvd" in names:
+        result["kvd"] = round(kernel_distance(real["i3d"], fake["i3d"]), 6)
+    if "fid" in names:
+        sides = (FeatureStatistics(**side["frames"]) for side in (real, fake))
+        result["fid"] = round(frechet_distance(*sides), 6)
+    if "is" in names:
+        logits = {"is_i3d": fake["i3d"], "is_inception": fake["frame_logits"]}
+        for name, values in logits.items():
+            if values is not None:
+                result[name] = dict(zip(("mean", "std"), inception_score(values, SPLITS)))
+    return result
+
+
+def small_sample_warnings(names, num, frames):
+    """What to say of values from too few clips: a list of sentences."""
+    warnings = []
+    if {"fvd", "kvd", "is"} & set(names) and num <= I3D_CLASSES:
+        warnings.append(
+            f"{num} clips are too few for {I3D_CLASSES} features: the covariance has not full "
+            "rank, FVD is too high, IS too low; compare only with values of as many clips"
+        )
+    if "fid" in names and num * frames <= V3_WIDTH:
+        warnings.append(
+            f"{num * frames} frames are too few for {V3_WIDTH} features: the covariance has not "
+            "full rank and FID is too high"
+        )
+    return warnings
+
+
+def common_size(sources):
+    """The side in pixels that all clips are brought to: a model's, or that of `MovingShapes`; None
+    where there are only folders. Raises UserError for models of different sizes."""
+    models = [source.pipeline for source in sources if source.pipeline]
+    sizes = {model.unet.config.latent_size * model.vae.config.factor for model in models}
+    if len(sizes) > 1:
+        raise UserError(f"the models differ in size: {' and '.join(map(str, sizes))} pixels")
+    if sizes:
+        return sizes.pop()
+    return SIZE if any(source.name == "shapes" for source in sources) else None
+
+
+def measure_features(args, names):
+    """FVD, KVD, FID and Inception Score of the two sides, and the protocol they hold under."""
+    device = pick_device(args.device)
+    networks, files = load_networks(args, names, device)
+    fake = Source.open(args.fake, args.seed + 1, args, device)
+    real = Source.open(args.real, args.seed, args, device) if args.real else None
+    sources = [source for source in (real, fake) if source]
+    if args.stride > 1 and not any(source.paths for source in sources):
+        raise UserError("--stride is for folders of videos: shapes and checkpoints have none")
+    size = common_size(sources)
+    shared = {"num": args.num, "frames": args.frames, "stride": args.stride, "seed": args.seed}
+
+    def take_real():
+        side = extract(real.samples(args, size), args.num, networks, device, "real clips")
+        return side | {"frame_logits": None}  # large, and no metric wants those of the real side
+
+    given, side = {}, None
+    if real:
+        protocol = {**shared, "size": size, "clips": real.fingerprint(args), "weights": files}
+        side = remember(protocol, take_real) if args.cache else take_real()
+        # Generated are the captions of the real clips, at their frame rate.
+        given = {"captions": side["captions"], "fps": float(np.median(side["fps"]))}
+    other = extract(
+        fake.samples(args, size, **given), args.num, networks, device, "fake clips",
+        size=side and side["size"],
+    )
+    protocol = {"real": args.real, "fake": args.fake, "num_real": args.num if real else 0}
+    protocol |= {"num_fake": args.num, "frames": args.frames, "stride": args.stride}
+    protocol |= {"fps": float(np.median(other["fps"])), "size": other["size"]}
+    if any(source.paths for source in sources):
+        protocol["clips"] = "one of each video, from a random place"
+        protocol["crop"] = f"centre square, antialiased to {size}x{size}" if size else "none"
+    protocol["resize"] = {"i3d": I3D_SIZE, "inception": V3_SIZE, "how": "bilinear, not antialiased"}
+    protocol |= {"covariance": "1/(N - 1)", "splits": min(SPLITS, args.num), "weights": files}
+    return compare(side, other, names), protocol | {"seed": args.seed}
 
 
 def caption_sets(num):
     """Name -> `num` tuples (caption, frame rate, scene): of the training set, with one object and
     with two, and of single objects in combinations that training never had."""
-    train, held_out = MovingShapes(), MovingShapes(split="heldout")
+    train, held_out = MovingShapes(10 * num + 100), MovingShapes(num, "heldout")
     samples = [train.describe(i) for i in range(len(train))]
     return {
         "seen": [sample for sample in samples if len(sample[2]) == 1][:num],
@@ -222,39 +606,52 @@ def caption_sets(num):
 def measure_captions(args):
     """`caption_accuracy` of each caption set: of clips generated at the default frame rate, or of
     clips rendered at their own."""
+    if Path(args.fake).is_dir():
+        raise UserError("--metrics captions is for shapes or a checkpoint: a folder has no scenes")
     pipeline = None if args.fake == "shapes" else load_pipeline(args.fake, pick_device(args.device))
     results = {}
     for name, samples in caption_sets(args.num).items():
         captions, rates, scenes = zip(*samples)
-        videos = []
-        for start in tqdm(range(0, args.num, args.batch_size), desc=f"captions, {name}"):
-            part = slice(start, start + args.batch_size)
-            if pipeline is None:
-                videos += [render(s, fps=r) for s, r in zip(scenes[part], rates[part])]
-                continue
-            videos += list(pipeline.generate(
-                captions[part], args.seed + start, steps=args.steps, sampler=args.sampler,
-                guidance=args.guidance, batch_size=args.batch_size,
-            ))
-        results[name] = caption_accuracy(scenes, videos, FPS if pipeline else rates)
+        if pipeline:
+            clips = generate_clips(pipeline, captions, args)
+            bar = tqdm(clips, f"captions, {name}", args.num, unit="clip")
+            videos, rates = [sample.video for sample in bar], FPS
+        else:
+            videos = [render(scene, fps=rate) for scene, rate in zip(scenes, rates)]
+        results[name] = caption_accuracy(scenes, videos, rates)
     return results
 
 
-MEASURES = {"captions": measure_captions}
+# ------------------------------------------------------------------------------ command line
+
+METRICS = ("fvd", "kvd", "is", "fid", "captions")
 
 
 def parse_args(argv=None):
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--fake", required=True, help="a checkpoint (model.pt), or shapes")
-    parser.add_argument(
-        "--metrics", nargs="+", choices=list(MEASURES), default=list(MEASURES), help="(all)"
+    parser.add_argument("--fetch-i3d", action="store_true", help="get the I3D weights, then stop")
+    group = parser.add_argument_group("what to compare: shapes, a folder of videos or a checkpoint")
+    group.add_argument("--real", help="not needed for is and captions")
+    group.add_argument("--fake", help="shapes are drawn with --seed + 1 here")
+    group.add_argument(
+        "--metrics", nargs="+", choices=METRICS,
+        help="(fvd kvd is, and fid with --inception; captions without --real)",
     )
-    parser.add_argument(
-        "--num", type=number(int, 1, 1500), default=200, help="clips of each kind (%(default)s)"
+    group = parser.add_argument_group("protocol")
+    group.add_argument(
+        "--num", type=number(int, 1, 1_000_000),
+        help="clips of each side (2048), or of each kind of caption (200)",
     )
-    parser.add_argument("--seed", type=number(int, 0, 2**31), default=0, help="(%(default)s)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the result there as well")
-    parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
+    group.add_argument(
+        "--frames", type=number(int, I3D_MIN_FRAMES, 512), default=FRAMES, help="(%(default)s)"
+    )
+    group.add_argument(
+        "--stride", type=number(int, 1, 1000), default=1,
+        help="take every so many-th frame of a folder's videos (%(default)s)",
+    )
+    group.add_argument("--seed", type=number(int, 0, 2**31), default=0, help="(%(default)s)")
+    group.add_argument("--i3d", metavar="FILE", help="other I3D weights than --fetch-i3d keeps")
+    group.add_argument("--inception", metavar="FILE", help=f"{V3_FILE}, for fid and is")
     group = parser.add_argument_group("sampling, for a checkpoint")
     group.add_argument("--steps", type=number(int, 1, 1000), default=STEPS, help="(%(default)s)")
     group.add_argument("--sampler", choices=list(SAMPLERS), default=SAMPLER, help="(%(default)s)")
@@ -262,15 +659,63 @@ def parse_args(argv=None):
         "--guidance", type=number(float, 0, 100), default=GUIDANCE, help="(%(default)s)"
     )
     group.add_argument("--batch-size", type=number(int, 1, 1000), default=20, help="(%(default)s)")
-    return parser.parse_args(argv)
+    group = parser.add_argument_group("how to run")
+    group.add_argument("--json", type=Path, metavar="FILE", help="write the result there as well")
+    group.add_argument(
+        "--cache", action="store_true", help="keep the real side's features for the next time"
+    )
+    group.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
+    args = parser.parse_args(argv)
+    if not args.fetch_i3d:
+        _check(parser, args)
+    return args
+
+
+def _check(parser, args):
+    """Fills in the metrics and the number of clips; refuses what does not go together."""
+    if not args.fake:
+        parser.error("--fake is missing: say what to measure")
+    if not args.metrics:
+        defaults = ["fvd", "kvd", "is"] + ["fid"] * bool(args.inception)
+        args.metrics = defaults if args.real else ["captions"]
+    alone = {"is", "captions"}
+    if not args.real and not alone >= set(args.metrics):
+        missing = ", ".join(sorted(set(args.metrics) - alone))
+        parser.error(f"--real is missing: {missing} compare with it")
+    if "fid" in args.metrics and not args.inception:
+        parser.error(f"--metrics fid needs --inception {V3_FILE}")
+    features = set(args.metrics) - {"captions"}
+    args.num = args.num or (2048 if features else 200)
+    if features and args.num < 2:
+        parser.error("--num 1: a distance between sets needs two clips or more")
+
+
+def measure(args):
+    """All that the command line asks for, as one dict."""
+    result, protocol = {}, {"fake": args.fake, "num": args.num, "seed": args.seed}
+    names = [name for name in args.metrics if name != "captions"]
+    if names:
+        result, protocol = measure_features(args, names)
+    if "captions" in args.metrics:
+        result["captions"] = measure_captions(args)
+        protocol["captions_fps"] = FPS
+    if any(Path(side).is_file() for side in (args.real, args.fake) if side):  # a checkpoint
+        protocol |= {name: getattr(args, name) for name in ("steps", "sampler", "guidance")}
+    warnings = small_sample_warnings(names, args.num, args.frames)
+    for warning in warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+    return result | {"protocol": protocol, "warnings": warnings}
 
 
 def main():
     args = parse_args()
-    names = ("fake", "num", "seed", "steps", "sampler", "guidance")
-    result = {name: MEASURES[name](args) for name in args.metrics}
-    result["protocol"] = {name: getattr(args, name) for name in names} | {"fps": FPS}
-    text = json.dumps(result, indent=2)
+    try:
+        if args.fetch_i3d:
+            print(fetch_i3d())
+            return
+        text = json.dumps(measure(args), indent=2)
+    except WeightsError as error:
+        raise UserError(error) from error
     print(text)
     if args.json:
         try:
