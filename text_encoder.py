@@ -249,10 +249,9 @@ class TextEncoder(nn.Module):
         """Linear layers: Normal(0, 1 / fan-in); those that add to the residual path are smaller by
         1 / sqrt(2 depth), so that its variance does not grow with depth (Radford 2019, sec. 2.3).
 
-        Embeddings keep PyTorch's Normal(0, 1). With a deviation of 0.02, as in language models, what
-        words have in common soon outgrew what told them apart: after 6,000 steps the outputs
-        for "left" and "right" differed by 16% of their length (for "red" and "blue" by 156%), and
-        the model had not learned which is which.
+        Embeddings keep PyTorch's Normal(0, 1). With a deviation of 0.02, as in language models,
+        what words share soon outgrew what told them apart: the outputs for "left" and "right"
+        differed by 16% of their length after 6,000 steps, and were taken for each other.
         """
         for module in self.modules():
             if isinstance(module, nn.Linear):

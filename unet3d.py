@@ -257,7 +257,7 @@ class UNet3D(nn.Module):
         self.embed_out = nn.Sequential(
             nn.LayerNorm(e), nn.Linear(e, 2 * e), nn.SiLU(), nn.Linear(2 * e, e), nn.SiLU()
         )
-        # Noisy latent, given latent, mask; and the place (Liu 2018, CoordConv): neither convolutions
+        # Noisy latent, given latent, mask; and the place (Liu 2018, CoordConv): neither convolution
         # nor attention would know left from right, and directions are words here.
         self.conv_in = nn.Conv2d(2 * config.channels + 1 + 2 * 32, config.widths[0], 3, padding=1)
         self.down, self.up = nn.ModuleList(), nn.ModuleList()
