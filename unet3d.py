@@ -32,8 +32,9 @@ from vae import Upsample
 class UNet3DConfig:
     """widths: channels per resolution, from the latent's down; each further one halves the sides.
     blocks: SpaceTimeBlocks per resolution on the way down, the same again on the way up; the last
-    entry counts those at the bottom. attention: which resolutions have attention and feed-forward
-    layers; the others have the convolutions alone."""
+    entry counts those at the bottom. attention: which resolutions look around in space, read the
+    words at every place and have feed-forward layers; the others have convolutions and temporal
+    attention alone, which cost little."""
 
     channels: int = 4  # of the latents
     latent_size: int = 8  # their sides in training; others work
@@ -212,24 +213,23 @@ class SpaceTimeBlock(nn.Module):
     def __init__(self, c_in, c_out, config, attention=True):
         super().__init__()
         self.res = ResBlock(c_in, c_out, config.embedding_width, config.groups)
-        self.has_attention = attention
-        if not attention:
-            return
-        self.spatial = SpatialAttention(c_out, config.head_width)
         self.temporal = TemporalAttention(c_out, config.head_width)
-        self.cross = CrossAttention(c_out, config.head_width, config.text_width)
-        self.feed_forward = FeedForward(c_out, config.embedding_width)
+        self.has_attention = attention
+        if self.has_attention:
+            self.spatial = SpatialAttention(c_out, config.head_width)
+            self.cross = CrossAttention(c_out, config.head_width, config.text_width)
+            self.feed_forward = FeedForward(c_out, config.embedding_width)
 
     def forward(self, x, embedding, context, context_mask, frames_are_images):
         b, height = len(context), x.shape[2]
         x = self.res(x, embedding)
-        if not self.has_attention:
-            return x
         x = rearrange(x, "(b f) c h w -> b f (h w) c", b=b)  # free in channels_last memory
-        x = self.spatial(x)
+        if self.has_attention:
+            x = self.spatial(x)
         x = self.temporal(x, frames_are_images)
-        x = self.cross(x, context, context_mask)
-        x = self.feed_forward(x, embedding)
+        if self.has_attention:
+            x = self.cross(x, context, context_mask)
+            x = self.feed_forward(x, embedding)
         return rearrange(x, "b f (h w) c -> (b f) c h w", h=height)
 
 

@@ -329,18 +329,15 @@ def test_a_bad_configuration_is_refused(bad):
         UNet3D(UNet3DConfig(**values))
 
 
-@pytest.mark.parametrize("levels, mixes", [
-    ((True, True), True), ((False, True), True), ((False, False), False),
-])
-def test_attention_only_where_the_configuration_says(levels, mixes):
+@pytest.mark.parametrize("levels", [(True, True), (False, True), (False, False)])
+def test_attention_only_where_the_configuration_says(levels):
     unet = wake(UNet3D(UNet3DConfig(**{**vars(CONFIG), "attention": levels})))
     for part, expected in (("down.0.", levels[0]), ("up.0.", levels[0]), ("middle.", levels[1])):
         names = [name for name, _ in unet.named_parameters() if name.startswith(part)]
-        for layer in ("spatial", "temporal", "cross", "feed_forward"):
+        for layer in ("spatial", "cross", "feed_forward"):
             assert any(layer in name for name in names) == expected
-    strength = reach(unet)
-    assert (strength[:, 1] > 0).all()
-    assert bool(strength[:, [0, 2]].any()) == mixes
+        assert any("temporal" in name for name in names)
+    assert (reach(unet) > 0).all()
 
 
 def test_every_parameter_gets_a_gradient():
