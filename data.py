@@ -870,9 +870,9 @@ class VideoFolder:
 
     def _read(self, index, rng, pick, place=(0.5, 0.5)):
         name = self.items[index][0]
-        if name in self.skipped:
-            raise VideoError(self.skipped[name])
         try:
+            if name in self.skipped:
+                raise VideoError(self.skipped[name])
             video, times = read_frames(self.folder / name, pick, self.size, place)
         except VideoError as error:
             self.skipped[name] = str(error)

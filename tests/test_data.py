@@ -18,7 +18,7 @@ import data
 from data import (
     BACKGROUND, COLOURS, DIRECTIONS, FPS_RANGE, MOTIONS, POLYGONS, RADII, REACH, SIZE, SPEED,
     UCF101, DataError, MovingShapes, Thing, VideoError, VideoFolder, contact_sheet, describe,
-    find_captions, held_out, prefetch, read_ahead, read_frames, render, to_model, to_uint8, words,
+    find_captions, held_out, prefetch, read_ahead, read_frames, render, to_model, to_uint8,
     write_video,
 )  # fmt: skip
 
@@ -559,6 +559,8 @@ def test_nothing_left_is_an_error(tmp_path):
     with pytest.raises(DataError, match="none of the 3 videos in .* can be used; empty.mp4: "):
         list(read_ahead(dataset, range(3)))
     assert set(dataset.skipped) == {"text.avi", "empty.mp4", "one.gif"}
+    with pytest.raises(DataError):  # and stays one
+        dataset.random_frames(1, np.random.default_rng(0), 2)
 
 
 # ------------------------------------------------------------------------------ captions
@@ -582,8 +584,8 @@ def test_class_folders_become_sentences(tmp_path):
         "wave_one-hand/deep/er/a.mov": "er",
     }
     assert items == sorted(items) and "folders" in source
-    assert words("ApplyEyeMakeup") == "apply eye makeup" and words("_wave  one-hand ") == (
-        "wave one hand")
+    assert data.words("ApplyEyeMakeup") == "apply eye makeup"
+    assert data.words("_wave  one-hand ") == "wave one hand"
 
 
 def test_the_table_has_the_101_classes():
