@@ -1,6 +1,7 @@
 """How fast is it? Not a test: timings depend on the machine and on what else it does.
 
     python tests/benchmark.py shapes      # captioned clips rendered per second, on one core
+    python tests/benchmark.py data        # clips of UCF-101 decoded per second; --folder FOLDER
     python tests/benchmark.py train       # UNet steps of the shapes preset, clips per second
     python tests/benchmark.py start       # seconds from starting sample.py to the finished GIF
 """
@@ -12,6 +13,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -26,6 +28,25 @@ def shapes(clips=1000):
     for i in range(clips):
         dataset[i]
     return {"clips per second": clips / (time.perf_counter() - start)}
+
+
+def data(folder, videos=8, rounds=4):
+    """Clips of 16 frames at 128 pixels, beside reading the same files whole with imageio."""
+    import imageio.v3 as iio
+    from data import VideoFolder, read_ahead
+
+    dataset, results = VideoFolder(folder, size=128), {}
+    picked = np.linspace(0, len(dataset) - 1, min(videos, len(dataset))).astype(int).tolist()
+    for workers in (1, 2):
+        start = time.perf_counter()
+        clips = sum(clip is not None for _, clip in read_ahead(dataset, picked * rounds, workers))
+        seconds = time.perf_counter() - start
+        results[f"clips per second, {workers} worker{'s' * (workers > 1)}"] = clips / seconds
+    start = time.perf_counter()
+    frames = [len(iio.imread(Path(folder) / dataset.items[i][0], plugin="pyav")) for i in picked]
+    seconds = time.perf_counter() - start
+    results["files per second, whole, with imageio"] = len(frames) / seconds
+    return results | {"frames in a file, on average": sum(frames) / len(frames)}
 
 
 def train(steps=10, warmup=3):
@@ -67,7 +88,12 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", choices=["shapes", "train", "start"])
-    what = parser.parse_args().what
-    for name, value in {"shapes": shapes, "train": train, "start": start}[what]().items():
-        print(f"{what}: {value:.1f} {name}")
+    parser.add_argument("what", choices=["shapes", "data", "train", "start"])
+    parser.add_argument(
+        "--folder", default=ROOT.parent / "shared" / "data" / "UCF-101", help="of videos, for data"
+    )
+    args = parser.parse_args()
+    benchmarks = {"shapes": shapes, "train": train, "start": start}
+    benchmarks["data"] = lambda: data(args.folder)
+    for name, value in benchmarks[args.what]().items():
+        print(f"{args.what}: {value:.1f} {name}")
