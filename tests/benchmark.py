@@ -96,4 +96,4 @@ if __name__ == "__main__":
     benchmarks = {"shapes": shapes, "train": train, "start": start}
     benchmarks["data"] = lambda: data(args.folder)
     for name, value in benchmarks[args.what]().items():
-        print(f"{args.what}: {value:.1f} {name}")
+        print(f"{args.what}: {value:.3g} {name}")

