@@ -47,7 +47,8 @@ from torch import nn
 from tqdm import tqdm
 
 from data import BACKGROUND, COLOURS, FPS, FRAMES, GROWTH, MOTIONS, POLYGONS, REACH, SIZE, SPEED
-from data import SPIN, MovingShapes, Sample, atomic_path, rates, render, shape_distance, to_model
+from data import SPIN, DataError, MovingShapes, Sample, VideoFolder, atomic_path, rates, read_ahead
+from data import render, shape_distance, to_model
 from diffusion import SAMPLERS
 from sample import GUIDANCE, SAMPLER, STEPS, Parser, UserError
 from sample import load_pipeline, number, pick_device, run_command
@@ -842,49 +843,6 @@ def _compare(thing, reading):
 
 # ------------------------------------------------------------------------------ clips
 
-VIDEO_SUFFIXES = (".avi", ".gif", ".mkv", ".mov", ".mp4", ".webm")
-
-
-def find_videos(folder):
-    """The video files in a folder and the folders in it, in order."""
-    paths = Path(folder).rglob("*")
-    return sorted(path for path in paths if path.suffix.lower() in VIDEO_SUFFIXES)
-
-
-def read_clips(paths, frames, stride=1, seed=0, size=None):
-    """A clip of each video that can be read and is long enough: `Sample`s without a scene.
-
-    Its frames lie `stride` apart, from a random place that depends on the seed and on the video's
-    place in the list alone. size: see `fit`.
-    """
-    import imageio.v3 as iio  # PyAV takes a while to import
-
-    span = (frames - 1) * stride + 1
-    for i, path in enumerate(paths):
-        try:
-            with iio.imopen(path, "r", plugin="pyav") as file:
-                video, fps = file.read(), file.metadata()["fps"]
-        except Exception:  # PyAV has a class of its own for each way in which a file is broken
-            continue
-        if len(video) >= span:
-            start = np.random.default_rng((seed, i)).integers(len(video) - span + 1)
-            clip = video[start : start + span : stride]
-            yield Sample(path.parent.name, fit(clip, size), float(fps) / stride, [])
-
-
-def fit(video, size=None):
-    """The centre square of uint8 (f, h, w, 3), resized to size x size; None changes nothing."""
-    height, width = video.shape[1:3]
-    if size is None or height == width == size:
-        return video
-    side = min(height, width)
-    top, left = (height - side) // 2, (width - side) // 2
-    square = torch.from_numpy(video[:, top : top + side, left : left + side])
-    square = rearrange(square, "f h w c -> f c h w").float()
-    square = F.interpolate(square, (size, size), mode="bilinear", antialias=True)
-    return rearrange(square.round().clamp(0, 255).byte(), "f c h w -> f h w c").numpy()
-
-
 def generate_clips(pipeline, captions, args, fps=FPS, frames=FRAMES):
     """A `Sample` for each caption, generated with seed + its index; see `Pipeline.generate`."""
     for start in range(0, len(captions), args.batch_size):
@@ -903,13 +861,13 @@ def generate_clips(pipeline, captions, args, fps=FPS, frames=FRAMES):
 class Source:
     """Where the clips of one side come from.
 
-    name: as on the command line; paths: the videos of a folder, shuffled; pipeline: that of a
-    checkpoint; neither for `MovingShapes`, whose clips are drawn with `seed`.
+    name: as on the command line; folder: its videos, shuffled; pipeline: that of a checkpoint;
+    neither for `MovingShapes`, whose clips are drawn with `seed`.
     """
 
     name: str
     seed: int
-    paths: list = None
+    folder: VideoFolder = None
     pipeline: object = None
 
     @classmethod
@@ -919,30 +877,40 @@ class Source:
             return cls(name, seed)
         if not Path(name).is_dir():
             return cls(name, seed, pipeline=load_pipeline(name, device))
-        paths = find_videos(name)
-        if len(paths) < args.num:
-            found = f"{len(paths)} videos" if paths else "no videos"
-            raise UserError(f"{found} in {name}, fewer than --num {args.num}")
-        # The same on both sides: a folder compared with itself is at distance 0.
-        order = np.random.default_rng(args.seed).permutation(len(paths))
-        return cls(name, seed, paths=[paths[i] for i in order])
+        # The same seed on both sides: a folder compared with itself is at distance 0.
+        try:
+            folder = VideoFolder(name, seed=args.seed, frames=args.frames, stride=args.stride)
+        except DataError as error:
+            raise UserError(error) from error
+        if len(folder) < args.num:
+            raise UserError(f"{len(folder)} videos in {name}, fewer than --num {args.num}")
+        order = np.random.default_rng(args.seed).permutation(len(folder))
+        folder.items = [folder.items[i] for i in order]
+        return cls(name, seed, folder=folder)
 
     def samples(self, args, size, captions=None, fps=FPS):
         """An iterator of `args.num` `Sample`s or fewer. captions and fps are for a checkpoint."""
-        if self.paths:
-            clips = read_clips(self.paths, args.frames, args.stride, args.seed, size)
-            return itertools.islice(clips, args.num)
+        if self.folder:
+            self.folder.size = size
+            return itertools.islice(self._read(), args.num)
         shapes = MovingShapes(args.num, "train", self.seed, args.frames, size, FPS)
         if not self.pipeline:
             return _draw(shapes[i] for i in range(args.num))
         captions = captions or list(_draw(shapes.describe(i)[0] for i in range(args.num)))
         return generate_clips(self.pipeline, captions, args, fps, args.frames)
 
+    def _read(self):
+        try:
+            for _, sample in read_ahead(self.folder, range(len(self.folder))):
+                if sample is not None:
+                    yield sample
+        except DataError as error:
+            raise UserError(error) from error
+
     def fingerprint(self, args):
         """What tells this source from others, and from itself after a change: plain values."""
-        if self.paths:
-            files = [(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in self.paths]
-            return hashlib.sha256(repr(files).encode()).hexdigest()
+        if self.folder:
+            return hashlib.sha256(self.folder.identity().encode()).hexdigest()
         if self.pipeline:
             return [sha256(self.name), self.seed, args.steps, args.sampler, args.guidance]
         first = MovingShapes(1, "train", self.seed, fps=FPS)[0]
@@ -1091,7 +1059,8 @@ def measure_features(args, names):
     fake = Source.open(args.fake, args.seed + 1, args, device)
     real = Source.open(args.real, args.seed, args, device) if args.real else None
     sources = [source for source in (real, fake) if source]
-    if args.stride > 1 and not any(source.paths for source in sources):
+    folders = any(source.folder for source in sources)
+    if args.stride and not folders:
         raise UserError("--stride is for folders of videos: shapes and checkpoints have none")
     size = common_size(sources)
     shared = {"num": args.num, "frames": args.frames, "stride": args.stride, "seed": args.seed}
@@ -1113,9 +1082,10 @@ def measure_features(args, names):
     protocol = {"real": args.real, "fake": args.fake, "num_real": args.num if real else 0}
     protocol |= {"num_fake": args.num, "frames": args.frames, "stride": args.stride}
     protocol |= {"fps": float(np.median(other["fps"])), "size": other["size"]}
-    if any(source.paths for source in sources):
-        protocol["clips"] = "one of each video, from a random place"
-        protocol["crop"] = f"centre square, antialiased to {size}x{size}" if size else "none"
+    if folders:
+        where = "from a random place" if args.stride else "evenly over all of it"
+        protocol["clips"] = f"one of each video, {where}"
+        protocol["crop"] = f"centre square, bicubic to {size}x{size}" if size else "none"
     protocol["resize"] = {"i3d": I3D_SIZE, "inception": V3_SIZE, "how": "bilinear, not antialiased"}
     protocol |= {"covariance": "1/(N - 1)", "splits": min(SPLITS, args.num), "weights": files}
     return compare(side, other, names), protocol | {"seed": args.seed}
@@ -1176,8 +1146,8 @@ def parse_args(argv=None):
         "--frames", type=number(int, I3D_MIN_FRAMES, 512), default=FRAMES, help="(%(default)s)"
     )
     group.add_argument(
-        "--stride", type=number(int, 1, 1000), default=1,
-        help="take every so many-th frame of a folder's videos (%(default)s)",
+        "--stride", type=number(int, 1, 1000),
+        help="every so many-th frame of a folder's videos, from a random place (evenly over each)",
     )
     group.add_argument("--seed", type=number(int, 0, 2**31), default=0, help="(%(default)s)")
     group.add_argument("--i3d", metavar="FILE", help="other I3D weights than --fetch-i3d keeps")

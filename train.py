@@ -3,8 +3,11 @@
     python train.py vae       --data shapes --out runs/shapes    # frames <-> latents
     python train.py diffusion --data shapes --out runs/shapes    # words -> latents, over time
 
+--data also takes a folder of videos; `data.find_captions` says how it finds their captions.
+
 A run folder holds `config.json`, `log.jsonl` (one JSON object per logged step), `vae.pt`, `last.pt`
-(the whole training state, for --resume), `model.pt` (self-contained: what sample.py takes) and
+(the whole training state, for --resume), `model.pt` (self-contained: what sample.py takes),
+`latents.bin` and `latents.json` (the encoded data set), `skipped.txt` (unusable videos) and
 `samples/`.
 
 Every random draw of step n comes from a generator seeded by (seed, n). So a resumed run sees the
@@ -13,10 +16,12 @@ saving.
 """
 
 import argparse
+import contextlib
 import copy
 import hashlib
 import json
 import math
+import os
 import shlex
 import sys
 import time
@@ -29,7 +34,8 @@ from einops import rearrange
 from tqdm import tqdm
 
 import data
-from data import MovingShapes, atomic_path, contact_sheet, to_model, to_uint8, write_video
+from data import FPS, DataError, MovingShapes, VideoError, VideoFolder, atomic_path, contact_sheet
+from data import prefetch, read_ahead, to_model, to_uint8, write_video
 from diffusion import DiffusionConfig, NoiseSchedule, diffusion_loss
 from sample import Parser, Pipeline, UserError, autocast, load_checkpoint, load_pipeline, number
 from sample import pack, pick_device, run_command, unpack
@@ -123,12 +129,24 @@ PRESETS = {
         ),
     ),
 }
-PROMPTS = (  # drawn into samples/ while training
+VGG_WEIGHT = 0.2  # of the distance of VGG16 features, where --vgg gives their weights
+CLIP_OPTIONS = ("split", "clip_seconds", "stride", "flip")  # of `VideoFolder`
+PROMPTS = (  # drawn into samples/ while training on shapes
     "a red circle moves right, then up",
     "a small blue star grows, then spins",
     "a green square moves left while a white ring moves down",
     "a yellow triangle spins, then moves down",
 )
+
+
+def options(**values):
+    """The command-line options that set these values; none for what is not set."""
+    words = []
+    for name, value in values.items():
+        if value is not None and value is not False:
+            words.append(f"--{name.replace('_', '-')}")
+            words += [] if value is True else [shlex.quote(str(value))]
+    return " ".join(words)
 
 
 def learning_rate(step, config):
@@ -218,7 +236,8 @@ class Run:
         self.out, self.stage, self.config, self.models = Path(args.out), stage, config, models
         self.resume, self.start = args.resume, 0
         # What must be the same when a run goes on; the rest (steps, learning rate) may change.
-        self.settings = {"preset": args.preset, "data": args.data, "seed": args.seed}
+        names = ("preset", "data", "seed", *CLIP_OPTIONS)
+        self.settings = {name: getattr(args, name) for name in names}
         self.record = {"arguments": vars(args), "preset": asdict(configure(args))}
         trained = next(iter(models.values()))
         self.parameters = list(trained.parameters())
@@ -240,7 +259,8 @@ class Run:
                                 f"{self.stage} run to resume")
             for name, value in state["settings"].items():
                 if value != self.settings[name]:
-                    raise UserError(f"{last} was started with --{name} {value}: use the same")
+                    was = options(**{name: value}) or f"no --{name.replace('_', '-')}"
+                    raise UserError(f"{last} was started with {was}: use the same")
             try:
                 for name, model in self.models.items():
                     model.load_state_dict(state["models"][name])
@@ -384,15 +404,46 @@ def generator(seed, step):
     return torch.Generator().manual_seed(seed * 1_000_003 + step)
 
 
+# ------------------------------------------------------------------------------ the data set
+
+
+def open_dataset(args, config, size):
+    """What --data names: `MovingShapes` or a `VideoFolder`. Raises UserError, DataError."""
+    clips = {name: getattr(args, name) for name in CLIP_OPTIONS}
+    if args.data == "shapes":
+        if options(**clips):
+            raise UserError(f"{options(**clips)} is for --data FOLDER, a folder of videos")
+        return MovingShapes(config.videos, seed=args.seed, size=size)
+    if args.videos is not None:
+        raise UserError("--videos is for --data shapes; a folder has as many as there are in it")
+    dataset = VideoFolder(args.data, seed=args.seed, size=size, **clips)
+    print(f"{args.data}: {len(dataset)} videos, captions from {dataset.source}, for example "
+          f'"{dataset.caption(0)}"', file=sys.stderr)
+    return dataset
+
+
+def report_skipped(dataset, out):
+    """List the videos that cannot be used in skipped.txt, each once, with the reason."""
+    path, skipped = out / "skipped.txt", sorted(dataset.skipped.items())
+    if not skipped:
+        path.unlink(missing_ok=True)  # of an earlier run
+        return
+    text = "".join(f"{name}: {why}\n" for name, why in skipped).encode("utf-8", "backslashreplace")
+    if not path.is_file() or path.read_bytes() != text:
+        with atomic_path(path) as temporary:
+            temporary.write_bytes(text)
+        tqdm.write(f"skipped {len(skipped)} videos: {path} says why", file=sys.stderr)
+
+
 # ------------------------------------------------------------------------------ stage 1: VAE
 
 
 def draw_frames(dataset, rng, count, per_video=2):
-    """`count` random frames: (count, 3, h, w) in [-1, 1]."""
+    """`count` random frames: (count, 3, h, w) in [-1, 1]. Raises DataError where there are none."""
     frames = []
-    for index in rng.integers(len(dataset), size=-(-count // per_video)):
-        video = dataset[index].video
-        frames.append(video[rng.choice(len(video), size=per_video)])
+    while len(frames) * per_video < count:
+        with contextlib.suppress(VideoError):  # another one instead
+            frames.append(dataset.random_frames(rng.integers(len(dataset)), rng, per_video))
     return to_model(np.concatenate(frames)[None, :count])[0].transpose(0, 1)
 
 
@@ -409,25 +460,45 @@ def reconstruct(vae, frames, device):
         return torch.cat([vae.decode(vae.encode(x.to(device)).mean) for x in frames.split(64)])
 
 
+def vae_loss(args, preset):
+    """The loss of the preset, and with --vgg the distance of VGG features. Raises UserError."""
+    if not args.vgg:
+        return VAELoss(preset.vae_loss)
+    try:
+        return VAELoss(replace(preset.vae_loss, vgg_weight=VGG_WEIGHT), args.vgg)
+    except Exception as error:  # as many kinds as there are wrong files
+        raise UserError(f"--vgg {args.vgg} cannot be read as torchvision's vgg16-397923af.pth"
+                        ) from error
+
+
 def train_vae(args, preset, device):
     """Stage 1: train the autoencoder; writes vae.pt."""
     config = preset.vae_training
     torch.manual_seed(args.seed)  # of the initial weights
-    dataset = MovingShapes(config.videos, seed=args.seed, size=preset.size)
-    held_out = MovingShapes(128, "heldout", seed=args.seed, size=preset.size)
-    test = draw_frames(held_out, np.random.default_rng(0), 256)
+    dataset = open_dataset(args, config, preset.size)
+    if args.data == "shapes":
+        held_out = MovingShapes(128, "heldout", seed=args.seed, size=preset.size)
+    else:
+        dataset, held_out = dataset.divide()
+    try:
+        test = draw_frames(held_out, np.random.default_rng(0), 256)
+    except DataError:  # the few held-out videos of a small folder cannot be used
+        test = draw_frames(dataset, np.random.default_rng(0), 256)
     if args.init:
         vae = unpack(AutoencoderKL, VAEConfig, load_checkpoint(args.init, "vae")["vae"])
     else:
         vae = AutoencoderKL(preset.vae)
     vae = vae.to(device).train()
-    losses = VAELoss(preset.vae_loss).to(device)
+    losses = vae_loss(args, preset).to(device)
     run = Run(args, "vae", config, {"vae": vae}, losses.discriminator)
     run.prepare()
 
-    for step in run.steps():
-        rng, source = np.random.default_rng((args.seed, step)), generator(args.seed, step)
-        x = draw_frames(dataset, rng, config.batch_size).to(device)
+    def draw(step):
+        return draw_frames(dataset, np.random.default_rng((args.seed, step)), config.batch_size)
+
+    batches = prefetch(draw, range(run.start, config.steps))
+    for step, x in zip(run.steps(), batches):
+        x, source = x.to(device), generator(args.seed, step)
         with autocast(device):
             posterior = vae.encode(x)
             eps = torch.randn(posterior.mean.shape, generator=source).to(device)
@@ -443,6 +514,7 @@ def train_vae(args, preset, device):
 
         if run.due(step):
             run.save(step)
+            report_skipped(dataset, run.out)
             x_hat = reconstruct(vae, test, device).cpu()
             run.record_line(step, held_out_psnr=psnr(test, x_hat))
             tqdm.write(f"held-out frames: {psnr(test, x_hat):.2f} dB PSNR", file=sys.stderr)
@@ -456,17 +528,22 @@ def train_vae(args, preset, device):
 
 def command(stage, args):
     """The command line that runs a stage with the same data, preset and folder."""
-    return (f"python train.py {stage} --data {args.data} --preset {args.preset} "
-            f"--out {shlex.quote(args.out)}")
+    same = {name: getattr(args, name) for name in ("data", *CLIP_OPTIONS, "preset", "out")}
+    return f"python train.py {stage} {options(**same)}"
 
 
 @torch.no_grad()
 def measure_latents(vae, dataset, device, videos=256):
     """Store the mean and standard deviation of the training set's latents in the VAE."""
     vae.eval()
-    videos = [to_model(dataset[i].video[None]) for i in range(min(videos, len(dataset)))]
-    with autocast(device):
-        z = [vae.encode(v[0].transpose(0, 1).to(device)).mean.cpu() for v in videos]
+    # From all over the data set: the videos of a folder are in order.
+    indices = np.linspace(0, len(dataset) - 1, min(videos, len(dataset))).astype(int).tolist()
+    z = []
+    for _, sample in read_ahead(dataset, indices):
+        if sample is not None:
+            with autocast(device):
+                frames = to_model(sample.video[None])[0].transpose(0, 1)
+                z.append(vae.encode(frames.to(device)).mean.cpu())
     vae.set_latent_statistics(rearrange(torch.stack(z), "b f c h w -> b c f h w"))
 
 
@@ -492,29 +569,51 @@ class EMA:
 
 
 @torch.no_grad()
-def encode_dataset(vae, dataset, device, cache):
-    """Captions, frame rates (n,) and latents float16 (n, c, f, h, w) of every clip, encoded once.
+def encode_dataset(vae, dataset, device, out):
+    """Captions, frame rates (n,) and latents float16 (n, c, f, h, w) of every usable clip.
 
-    Kept in the file `cache` under a key of everything that they depend on, so that --resume starts
-    at once and another VAE never meets stale latents.
+    Each clip is encoded once, into `latents.bin` in the folder `out`. The file is mapped into
+    memory, not loaded, so that it may be larger than that. `latents.json` says which clips are in
+    it; encoding that was interrupted goes on there, unless anything has changed that the latents
+    depend on.
     """
+    file, progress = out / "latents.bin", out / "latents.json"
     weights = b"".join(v.numpy(force=True).tobytes() for v in vae.state_dict().values())
-    renderer = Path(data.__file__).read_bytes()
-    key = f"{hashlib.sha256(weights + renderer).hexdigest()} {vars(dataset)}"
-    if cache.is_file():
-        stored = load_checkpoint(cache, "key", "captions", "fps", "latents")
-        if stored["key"] == key:
-            return stored["captions"], stored["fps"], stored["latents"]
-    captions, fps, latents = [], [], []
-    for i in tqdm(range(len(dataset)), desc="encoding", mininterval=progress_interval()):
-        sample = dataset[i]
-        captions.append(sample.caption)
-        fps.append(sample.fps)
-        with autocast(device):
-            latents.append(vae.encode_video(to_model(sample.video[None]).to(device)).half().cpu())
-    fps, latents = torch.tensor(fps), torch.cat(latents)
-    save_atomically({"key": key, "captions": captions, "fps": fps, "latents": latents}, cache)
-    return captions, fps, latents
+    key = hashlib.sha256(weights + Path(data.__file__).read_bytes())
+    key.update(dataset.identity().encode("utf-8", "backslashreplace"))
+    state = json.loads(progress.read_text()) if file.is_file() and progress.is_file() else {}
+    if state.get("key") != key.hexdigest():
+        progress.unlink(missing_ok=True)  # first: it must never speak of another file
+        file.write_bytes(b"")
+        state = {"key": key.hexdigest(), "done": 0, "clips": [], "fps": [], "skipped": {}}
+    dataset.skipped.update(state["skipped"])
+
+    side = dataset.size // vae.config.factor
+    shape = (vae.config.latent_channels, dataset.frames, side, side)
+    todo = range(state["done"], len(dataset))
+    bar = tqdm(
+        read_ahead(dataset, todo), initial=state["done"], total=len(dataset), desc="encoding",
+        mininterval=progress_interval(),
+    )
+    with file.open("rb+") as latents:
+        latents.seek(len(state["clips"]) * 2 * math.prod(shape))
+        for i, sample in bar:
+            if sample is not None:
+                with autocast(device):
+                    z = vae.encode_video(to_model(sample.video[None]).to(device))
+                latents.write(z.half().cpu().numpy().tobytes())
+                state["clips"].append(i)
+                state["fps"].append(float(sample.fps))
+            state |= {"done": i + 1, "skipped": dict(dataset.skipped)}
+            if state["done"] % 100 == 0 or state["done"] == len(dataset):
+                latents.flush()
+                os.fsync(latents.fileno())  # what is called done must be on the disk
+                with atomic_path(progress) as path:
+                    path.write_text(json.dumps(state))
+    shape = (len(state["clips"]), *shape)
+    latents = np.memmap(file, np.float16, mode="c", shape=shape)  # "c": the file stays as it is
+    captions = [dataset.caption(i) for i in state["clips"]]
+    return captions, torch.tensor(state["fps"]), torch.from_numpy(latents)
 
 
 def draw_given_frames(rng, batch, frames, text_only):
@@ -600,22 +699,25 @@ def train_diffusion(args, preset, device):
     size = unet.config.latent_size * vae.config.factor
     if size != preset.size or unet.config.channels != vae.config.latent_channels:
         raise UserError(f"the VAE does not fit --preset {args.preset} of {preset.size} pixels")
+    dataset = open_dataset(args, config, preset.size)
     schedule = schedule.to(device)
     model = torch.nn.ModuleDict({"text_encoder": text_encoder, "unet": unet}).to(device).train()
     ema = EMA(model, config.ema)
     run = Run(args, "diffusion", config, {"model": model, "ema": ema.model})
     run.prepare()
 
-    dataset = MovingShapes(config.videos, seed=args.seed, size=preset.size)
-    cache = run.out / "latents.pt"
-    captions, fps, latents = encode_dataset(vae.to(device), dataset, device, cache)
+    captions, fps, latents = encode_dataset(vae.to(device), dataset, device, run.out)
+    report_skipped(dataset, run.out)
     if run.resume:  # with other --videos the captions differ, but the tokens must stay the same
         tokenizer = load_pipeline(run.out / "model.pt").tokenizer
     tokenizer = tokenizer or Tokenizer.train(captions, preset.text.vocab_size)
     tokenizer.add_words(captions)
     length = text_encoder.config.context_length
-    # The last row is the null caption.
-    tokens, mask = tokenizer.batch(captions + [""], length, device)
+    try:  # the last row is the null caption
+        tokens, mask = tokenizer.batch(captions + [""], length, device)
+    except ValueError as error:
+        raise UserError(f"one of the captions is too long: {error}") from error
+    prompts, rate = (PROMPTS, FPS) if args.data == "shapes" else typical(captions, fps)
     fps = fps.to(device)
     pipeline = Pipeline(
         tokenizer, ema.model["text_encoder"], ema.model["unet"], vae, schedule, device
@@ -640,9 +742,16 @@ def train_diffusion(args, preset, device):
             # In this order, so that where there is a last.pt to resume from there is a model.pt.
             save_pipeline(pipeline, run.out / "model.pt")
             run.save(step)
-            draw_samples(pipeline, run.out / f"samples/step_{step + 1:06d}.gif")
-    checkpoint = shlex.quote(str(run.out / "model.pt"))
-    print(f'python sample.py "{PROMPTS[0]}" --checkpoint {checkpoint}')
+            draw_samples(pipeline, run.out / f"samples/step_{step + 1:06d}.gif", prompts, rate)
+    print(f"python sample.py {shlex.quote(prompts[0])} --fps {rate:g} --checkpoint "
+          f"{shlex.quote(str(run.out / 'model.pt'))}")
+
+
+def typical(captions, fps, count=4):
+    """A few different captions from all over the data set, and the middle frame rate."""
+    captions = sorted(set(captions))
+    picked = np.linspace(0, len(captions) - 1, min(count, len(captions))).astype(int)
+    return [captions[i] for i in picked], max(round(fps.median().item(), 1), 0.1)
 
 
 def save_pipeline(pipeline, path):
@@ -654,10 +763,10 @@ def save_pipeline(pipeline, path):
     save_atomically(checkpoint, path)
 
 
-def draw_samples(pipeline, path):
+def draw_samples(pipeline, path, prompts, fps):
     """The fixed prompts with fixed seeds, side by side."""
-    videos = pipeline.generate(list(PROMPTS))
-    write_video(path, rearrange(videos, "b f h w c -> f h (b w) c"), upscale=2)
+    videos = pipeline.generate(list(prompts), fps=fps)
+    write_video(path, rearrange(videos, "b f h w c -> f h (b w) c"), fps, upscale=2)
 
 
 # ------------------------------------------------------------------------------ command line
@@ -666,7 +775,10 @@ def draw_samples(pipeline, path):
 def parse_args(argv=None):
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("stage", choices=["vae", "diffusion"], help="which half to train")
-    parser.add_argument("--data", default="shapes", help="shapes: the built-in captioned clips")
+    parser.add_argument(
+        "--data", default="shapes", metavar="shapes|FOLDER",
+        help="the built-in captioned clips, or a folder of videos (%(default)s)",
+    )
     parser.add_argument("--out", required=True, help="the run folder, for example runs/shapes")
     parser.add_argument(
         "--preset", default="shapes", choices=PRESETS, help="model sizes and settings (%(default)s)"
@@ -677,6 +789,24 @@ def parse_args(argv=None):
     )
     parser.add_argument(
         "--resume", action="store_true", help="go on where the run in --out stopped"
+    )
+    parser.add_argument(
+        "--vgg", metavar="FILE",
+        help="torchvision's vgg16-397923af.pth: the VAE also compares VGG features",
+    )
+    group = parser.add_argument_group("clips of a folder of videos")
+    group.add_argument("--split", help="an official list of UCF-101, train01 to test03")
+    window = group.add_mutually_exclusive_group()
+    window.add_argument(
+        "--clip-seconds", type=number(float, 0.01, 1e6), metavar="S",
+        help="a clip covers a window of S seconds, from a random place (the whole video)",
+    )
+    window.add_argument(
+        "--stride", type=number(int, 1, 10**6), metavar="N",
+        help="a clip is every N-th frame, from a random place",
+    )
+    group.add_argument(
+        "--flip", action="store_true", help="mirror half of the clips (left and right get lost)"
     )
     group = parser.add_argument_group("instead of the preset's values")
     group.add_argument("--steps", type=number(int, 1, 10**9), help="training steps in total")
@@ -689,18 +819,22 @@ def parse_args(argv=None):
 
 
 def configure(args):
-    """The preset with the command line's values in place of its own."""
+    """The preset with the command line's values in place of its own. In a shorter or longer run the
+    discriminator joins in after the same share of the steps."""
     preset = PRESETS[args.preset]
     field = f"{args.stage}_training"
     names = ("steps", "batch_size", "lr", "videos")
     values = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    if args.stage == "vae" and args.steps is not None:
+        start = preset.vae_loss.gan_start * args.steps // preset.vae_training.steps
+        preset = replace(preset, vae_loss=replace(preset.vae_loss, gan_start=start))
     return replace(preset, **{field: replace(getattr(preset, field), **values)})
 
 
 def main():
     args = parse_args()
-    if args.data != "shapes":
-        raise UserError(f"unknown --data {args.data}: the built-in data set is called shapes")
+    if args.vgg and args.stage != "vae":
+        raise UserError("--vgg is for the autoencoder: python train.py vae")
     preset = configure(args)
     stage = {"vae": train_vae, "diffusion": train_diffusion}[args.stage]
     try:
@@ -710,6 +844,8 @@ def main():
             print("stopped; the same command with --resume goes on from the last checkpoint",
                   file=sys.stderr)
         raise
+    except DataError as error:
+        raise UserError(error) from error
     except torch.cuda.OutOfMemoryError as error:
         raise UserError("the GPU's memory is full: try a smaller --batch-size") from error
 

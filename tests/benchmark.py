@@ -2,6 +2,7 @@
 machine and on what else it does.
 
     python tests/benchmark.py shapes      # captioned clips rendered per second, on one core
+    python tests/benchmark.py data --data FOLDER         # clips of a folder decoded per second
     python tests/benchmark.py train       # UNet steps of the shapes preset, clips per second
     python tests/benchmark.py start       # seconds from starting sample.py to the finished GIF
     python tests/benchmark.py i3d         # clips through I3D per second
@@ -10,6 +11,7 @@ machine and on what else it does.
 """
 
 import argparse
+import copy
 import dataclasses
 import json
 import subprocess
@@ -33,6 +35,25 @@ def shapes(clips=1000):
     for i in range(clips):
         dataset[i]
     return {"clips per second": clips / (time.perf_counter() - start)}
+
+
+def data(folder, videos=8, rounds=4):
+    """Clips of 16 frames at 128 pixels, beside reading the same files whole with imageio."""
+    import imageio.v3 as iio
+    from data import VideoFolder, read_ahead
+
+    dataset, results = VideoFolder(folder, size=128), {}
+    picked = np.linspace(0, len(dataset) - 1, min(videos, len(dataset))).astype(int).tolist()
+    for workers in (1, 2):
+        start = time.perf_counter()
+        clips = sum(clip is not None for _, clip in read_ahead(dataset, picked * rounds, workers))
+        seconds = time.perf_counter() - start
+        results[f"clips per second, {workers} worker{'s' * (workers > 1)}"] = clips / seconds
+    start = time.perf_counter()
+    frames = [len(iio.imread(Path(folder) / dataset.items[i][0], plugin="pyav")) for i in picked]
+    seconds = time.perf_counter() - start
+    results["files per second, whole, with imageio"] = len(frames) / seconds
+    return results | {"frames in a file, on average": sum(frames) / len(frames)}
 
 
 def train(steps=10, warmup=3):
@@ -106,17 +127,19 @@ def spoil(video, how, rng, vae=None):
 def reference(data, num, checkpoint):
     """Prints a line for each way to spoil one half of the data, measured against the other half."""
     import metrics
+    from data import VideoFolder
     from sample import load_pipeline, pick_device
 
     names, device = ["fvd", "kvd", "is"], pick_device("auto")
     if data != "shapes":  # as many as there are
-        num = len(metrics.find_videos(data)) // 2
+        num = len(VideoFolder(data)) // 2
     args = metrics.parse_args(["--real", data, "--fake", data, "--num", str(num)])
     networks, _ = metrics.load_networks(args, names, device)
     real = metrics.Source.open(data, 0, args, device)
     fake, ways, vae = dataclasses.replace(real, seed=1), ["nothing", "shuffled", "noise"], None
-    if real.paths:
-        real.paths, fake.paths = real.paths[:num], real.paths[num:]
+    if real.folder:
+        fake.folder = copy.copy(real.folder)
+        real.folder.items, fake.folder.items = real.folder.items[:num], real.folder.items[num:]
     else:
         ways.insert(1, "reconstructed")
         vae = load_pipeline(checkpoint, device).vae
@@ -133,22 +156,25 @@ def reference(data, num, checkpoint):
         print(json.dumps(row), flush=True)
 
 
-SPEEDS = {"shapes": shapes, "train": train, "start": start, "i3d": i3d}
+SPEEDS = {"shapes": shapes, "data": data, "train": train, "start": start, "i3d": i3d}
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("what", choices=[*SPEEDS, "reference"])
-    group = parser.add_argument_group("reference")
-    group.add_argument("--data", default="shapes", help="shapes or a folder (%(default)s)")
-    group.add_argument("--num", type=int, default=2048, help="shapes in a half (%(default)s)")
-    group.add_argument(
-        "--checkpoint", default=ROOT / "pretrained" / "shapes.pt", help="whose autoencoder to use"
+    parser.add_argument("--data", default="shapes", help="a folder of videos (%(default)s)")
+    parser.add_argument(
+        "--num", type=int, default=2048, help="of reference: shapes in a half (%(default)s)"
+    )
+    parser.add_argument(
+        "--checkpoint", default=ROOT / "pretrained" / "shapes.pt",
+        help="of reference: whose autoencoder to use",
     )
     args = parser.parse_args()
     if args.what == "reference":
         reference(args.data, args.num, args.checkpoint)
     else:
-        for name, value in SPEEDS[args.what]().items():
-            print(f"{args.what}: {value:.1f} {name}")
+        arguments = [args.data] if args.what == "data" else []
+        for name, value in SPEEDS[args.what](*arguments).items():
+            print(f"{args.what}: {value:.3g} {name}")

@@ -15,6 +15,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import imageio.v3 as iio
 import numpy as np
 import pytest
 import torch
@@ -23,12 +24,12 @@ from torch import nn
 import sample
 import train
 import vae
-from data import MovingShapes
+from data import MovingShapes, VideoFolder, to_model
 from diffusion import DiffusionConfig, NoiseSchedule, diffusion_loss
 from sample import UserError, load_pipeline, run_command
 from text_encoder import END, START, TextEncoder
-from train import EMA, Muon, Run, TrainConfig, draw_batch, draw_given_frames, learning_rate
-from train import lowest_timestep, make_optimizers, orthogonalize
+from train import EMA, Muon, Run, TrainConfig, beginning, draw_batch, draw_given_frames
+from train import learning_rate, make_optimizers, orthogonalize
 from unet3d import UNet3D
 from vae import AutoencoderKL, VAELossConfig
 
@@ -127,15 +128,19 @@ def test_learning_rate_rises_stays_and_falls():
     assert {learning_rate(step, flat) for step in range(1000)} == {2.0}
 
 
-def test_timesteps_start_noisy_and_end_everywhere():
-    config = replace(TRAINING, easy_start=100, batch_size=64)
+def test_training_starts_with_the_first_frame_and_much_noise():
+    config = replace(TRAINING, easy_start=100, batch_size=64, text_only=1.0)
     schedule = NoiseSchedule(DiffusionConfig(timesteps=1000))
-    latents = torch.zeros(8, 2, 2, 1, 1)
-    for step, lowest in [(0, 950), (50, 475), (99, 9), (100, 0), (5000, 0)]:
-        t = draw_batch(0, step, config, latents, schedule)[4]
+    latents = torch.zeros(8, 2, 4, 1, 1)
+    first = torch.tensor([True, False, False, False])
+    for step, lowest, share in [(0, 950, 1), (50, 475, 0.5), (100, 0, 0), (5000, 0, 0)]:
+        _, _, _, given, t, _ = draw_batch(0, step, config, latents, schedule)
         spacing = (1000 - lowest) / 64  # one timestep from each of 64 equal intervals
         assert lowest <= t.min() < lowest + spacing + 1 and 1000 - spacing - 1 <= t.max() < 1000
-    assert lowest_timestep(0, replace(config, easy_start=0)) == 0
+        easy = (given == first).all(1)
+        assert abs(easy.float().mean() - share) < 0.2 and not given[~easy].any()
+    assert beginning(99, config) == pytest.approx(0.01)
+    assert beginning(0, replace(config, easy_start=0)) == 0
 
 
 # ------------------------------------------------------------------------------ resume
@@ -271,8 +276,9 @@ def test_the_run_folder_holds_what_the_documentation_says(finished):
     files = {p.relative_to(finished).as_posix() for p in finished.rglob("*") if p.is_file()}
     pictures = {f"samples/vae_00000{n}.png" for n in (2, 4)}
     pictures |= {f"samples/step_00000{n}.gif" for n in (2, 4)}
-    checkpoints = {"vae.pt", "last.pt", "model.pt", "latents.pt"}
-    assert files == checkpoints | pictures | {"config.json", "log.jsonl"}
+    checkpoints = {"vae.pt", "last.pt", "model.pt"}
+    latents = {"latents.bin", "latents.json"}
+    assert files == checkpoints | latents | pictures | {"config.json", "log.jsonl"}
     config = json.loads((finished / "config.json").read_text())
     assert config["arguments"]["stage"] == "diffusion" and config["arguments"]["seed"] == 0
     assert config["preset"]["unet"]["widths"] == [32, 32]
@@ -329,7 +335,7 @@ def test_model_pt_holds_the_averaged_weights(finished):
 
 
 def test_latents_of_the_training_set_have_unit_variance(finished):
-    latents = load(finished / "latents.pt")["latents"]
+    latents = cached(finished, MovingShapes(TRAINING.videos, size=32))[2]
     assert latents.shape == (TRAINING.videos, 4, 16, 4, 4) and latents.dtype == torch.float16
     channels = latents.double().movedim(1, 0).flatten(1)
     assert channels.mean(1).abs().max() < 1e-3 and (channels.std(1) - 1).abs().max() < 1e-3
@@ -371,24 +377,49 @@ def test_a_failed_save_leaves_the_old_checkpoint(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_latents_are_encoded_once_for_each_autoencoder(preset, tmp_path, monkeypatch):
-    model, cache, device = AutoencoderKL(preset.vae), tmp_path / "latents.pt", torch.device("cpu")
+# ------------------------------------------------------------------------------ latents
+
+
+CPU = torch.device("cpu")
+
+
+def cached(out, dataset):
+    """Captions, rates and latents that a run has left in its folder."""
+    model = sample.unpack(AutoencoderKL, vae.VAEConfig, load(out / "vae.pt")["vae"])
+    with patched((AutoencoderKL, "encode_video", None)):  # nothing is left to encode
+        return train.encode_dataset(model, dataset, CPU, out)
+
+
+@contextlib.contextmanager
+def encoder_calls(stop_at=None):
+    """Counts calls of `encode_video`; call number `stop_at`, counted from 1, is interrupted."""
     encode_video, calls = AutoencoderKL.encode_video, []
 
     def counting(self, video):
         calls.append(video)
+        if len(calls) == stop_at:
+            raise KeyboardInterrupt
         return encode_video(self, video)
 
-    monkeypatch.setattr(AutoencoderKL, "encode_video", counting)
+    with patched((AutoencoderKL, "encode_video", counting)):
+        yield calls
+
+
+def test_latents_are_encoded_once_for_each_autoencoder(preset, tmp_path):
+    model = AutoencoderKL(preset.vae)
 
     def encoded(dataset):
-        calls.clear()
-        return *train.encode_dataset(model, dataset, device, cache), len(calls)
+        with encoder_calls() as calls:
+            return *train.encode_dataset(model, dataset, CPU, tmp_path), len(calls)
 
     dataset = MovingShapes(3, size=32)
     captions, fps, latents, count = encoded(dataset)
     assert count == 3 and captions == [dataset[i].caption for i in range(3)]
     assert fps.tolist() == pytest.approx([dataset[i].fps for i in range(3)])
+    with torch.no_grad():
+        expected = model.encode_video(to_model(dataset[1].video[None]))[0]
+    assert torch.equal(latents[1], expected.half())
+    latents = latents.clone()  # of a file that is about to change
     *_, again, count = encoded(dataset)
     assert count == 0 and torch.equal(again, latents)
     with torch.no_grad():
@@ -398,6 +429,199 @@ def test_latents_are_encoded_once_for_each_autoencoder(preset, tmp_path, monkeyp
     model.set_latent_statistics(torch.randn(1, 4, 2, 2, 2))
     assert encoded(dataset)[-1] == 3
     assert encoded(MovingShapes(3, seed=1, size=32))[-1] == 3
+    assert encoded(MovingShapes(3, seed=1, size=32, frames=8))[-1] == 3
+    assert encoded(MovingShapes(3, seed=1, size=64, frames=8))[-1] == 3
+
+
+def test_interrupted_encoding_goes_on_where_it_stopped(preset, tmp_path):
+    model, dataset = AutoencoderKL(preset.vae), MovingShapes(230, size=16, frames=2)
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    whole.mkdir(), parts.mkdir()
+    captions, fps, latents = train.encode_dataset(model, dataset, CPU, whole)
+    with encoder_calls(stop_at=215) as calls, pytest.raises(KeyboardInterrupt):
+        train.encode_dataset(model, dataset, CPU, parts)
+    with (parts / "latents.bin").open("ab") as file:
+        file.write(b"half a clip")
+    with encoder_calls() as calls:
+        again = train.encode_dataset(model, dataset, CPU, parts)
+    assert len(calls) == 30  # 200 were on the disk
+    assert again[0] == captions and torch.equal(again[1], fps) and torch.equal(again[2], latents)
+    assert latents.shape == (230, 4, 2, 2, 2) and len(latents.unique()) > 1000
+
+
+def test_latents_are_mapped_and_never_written_to(preset, tmp_path):
+    model, dataset = AutoencoderKL(preset.vae), MovingShapes(3, size=16, frames=2)
+    latents = train.encode_dataset(model, dataset, CPU, tmp_path)[2]
+    before = (tmp_path / "latents.bin").read_bytes()
+    assert len(before) == 3 * 4 * 2 * 2 * 2 * 2
+    latents.zero_()
+    assert (tmp_path / "latents.bin").read_bytes() == before
+
+
+# ------------------------------------------------------------------------------ folders of videos
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """22 short videos with captions, 2 of them unusable."""
+    path, lines = tmp_path / "my videos", ["file,caption"]
+    path.mkdir()
+    for i, shape in enumerate(MovingShapes(22, size=48, frames=20, fps=10.0)):
+        iio.imwrite(path / f"{i}.mp4", shape.video, plugin="pyav", codec="mpeg4", fps=10)
+        lines.append(f'{i}.mp4,"{shape.caption}; it\'s number {i}"')
+    for i in (0, 7):
+        (path / f"{i}.mp4").write_text("not a video")
+    (path / "captions.csv").write_text("\n".join(lines))
+    return path
+
+
+def test_both_stages_train_on_a_folder(preset, folder, tmp_path, capsys):
+    out = tmp_path / "out"
+    printed = run_train(preset, "vae", "--data", folder, "--out", out, "--flip")
+    assert "22 videos, captions from captions.csv, for example" in capsys.readouterr().err
+    _, script, *arguments = shlex.split(printed.split("next: ")[1])
+    assert script == "train.py" and "--flip" in arguments
+    printed = run_train(preset, *arguments)
+    assert (out / "skipped.txt").read_text().splitlines() == [
+        f"{i}.mp4: Invalid data found when processing input" for i in (0, 7)
+    ]
+    assert "skipped 2 videos" in capsys.readouterr().err
+
+    dataset = VideoFolder(folder, size=32, flip=True)
+    captions, rates, latents = cached(out, dataset)
+    assert captions == [c for _, c in dataset.items if "number 0" not in c and "number 7" not in c]
+    assert latents.shape == (20, 4, 16, 4, 4)
+    assert rates.tolist() == pytest.approx([15 / 1.9] * 20, rel=1e-3)
+    _, script, prompt, *arguments = shlex.split(printed)
+    assert prompt in captions and script == "sample.py"
+    assert arguments == ["--fps", "7.9", "--checkpoint", str(out / "model.pt")]
+    assert load_pipeline(out / "model.pt").tokenizer.unknown_words(prompt) == []
+    with encoder_calls() as calls:
+        run_train(preset, "diffusion", "--data", folder, "--out", out, "--flip", "--resume",
+                  "--steps", 5)
+    assert len(calls) == 0 and load(out / "last.pt")["step"] == 5
+    with pytest.raises(UserError, match="was started with --flip: use the same"):
+        run_train(preset, "diffusion", "--data", folder, "--out", out, "--resume")
+
+
+def test_resume_on_a_folder_is_exact(preset, folder, tmp_path):
+    """Although some videos are unusable and the frames are drawn ahead."""
+    whole, parts = ("vae", "--data", folder, "--out", tmp_path / "whole"), tmp_path / "parts"
+    run_train(preset, *whole)
+    parts = ("vae", "--data", folder, "--out", tmp_path / "parts")
+    interrupt(preset, parts, at=4)
+    run_train(preset, *parts, "--resume")
+    assert log(tmp_path / "parts") == log(tmp_path / "whole")
+    ours, theirs = (load(tmp_path / name / "vae.pt") for name in ("parts", "whole"))
+    assert differences(ours, theirs) == []
+
+
+def test_captions_can_be_corrected_without_encoding_again(preset, folder, tmp_path):
+    model = AutoencoderKL(preset.vae)
+    train.encode_dataset(model, VideoFolder(folder, size=16), CPU, tmp_path)
+    text = (folder / "captions.csv").read_text().replace("it's number", "that is")
+    (folder / "captions.csv").write_text(text)
+    with encoder_calls() as calls:
+        captions = train.encode_dataset(model, VideoFolder(folder, size=16), CPU, tmp_path)[0]
+    assert not calls and len(captions) == 20 and all("that is" in c for c in captions)
+
+
+def test_another_file_of_the_same_name_is_encoded_again(preset, folder, tmp_path):
+    model = AutoencoderKL(preset.vae)
+    first = train.encode_dataset(model, VideoFolder(folder, size=16), CPU, tmp_path)[2].clone()
+    (folder / "0.mp4").write_bytes((folder / "9.mp4").read_bytes())  # repaired
+    with encoder_calls() as calls:
+        second = train.encode_dataset(model, VideoFolder(folder, size=16), CPU, tmp_path)[2]
+    assert len(calls) == 21 and torch.equal(second[1:], first)
+    assert torch.equal(second[0], second[8])
+
+
+@pytest.mark.parametrize("make, arguments, message", [
+    (lambda path: None, [], "no videos in"),
+    (lambda path: path.rmdir(), [], "neither a folder of videos nor"),
+    (lambda path: (path / "a.avi").write_text("text"), [], "none of the 1 videos"),
+    (lambda path: (path / "a.mp4").touch(), ["--split", "train01"], "trainlist01.txt"),
+    (lambda path: (path / "captions.csv").write_text("a,b\n1,2\n"), [], "the columns are a, b"),
+    (lambda path: (path / "captions.csv").write_text("file,caption\na,b\n"), [], "do not exist"),
+    (lambda path: (path / "a.mp4").touch(), ["--videos", 3], "--videos is for"),
+    (lambda path: (path / "a.mp4").touch(), ["--stride", 2, "--clip-seconds", 1], "not allowed"),
+    (lambda path: (path / "a.mp4").touch(), ["--stride", 0], "0"),
+])
+def test_a_bad_folder_is_one_line_and_status_2(
+    preset, tmp_path, capsys, make, arguments, message
+):
+    (tmp_path / "videos").mkdir()
+    make(tmp_path / "videos")
+    out = ("--out", tmp_path / "out")
+    with pytest.raises(SystemExit) as stop:
+        videos = ("--data", tmp_path / "videos")
+        run_command(lambda: run_train(preset, "vae", *videos, *out, *arguments))
+    lines = capsys.readouterr().err.splitlines()
+    assert stop.value.code == 2 and lines[-1].startswith("error: ") and message in lines[-1]
+    assert len([line for line in lines if "videos, captions from" not in line]) == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_options_of_folders_are_refused_for_shapes(preset, tmp_path):
+    for option in (["--split", "train01"], ["--stride", 2], ["--clip-seconds", 1.5], ["--flip"]):
+        with pytest.raises(UserError, match=f"{' '.join(map(str, option))} is for --data FOLDER"):
+            run_train(preset, "vae", "--out", tmp_path / "out", *option)
+
+
+def test_a_caption_that_is_too_long_is_refused(preset, folder, finished, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    shutil.copy(finished / "vae.pt", out)
+    text = (folder / "captions.csv").read_text()
+    (folder / "captions.csv").write_text(text.replace("number 3", "number 3" + " żółć" * 100))
+    with pytest.raises(UserError, match="one of the captions is too long"):
+        run_train(preset, "diffusion", "--data", folder, "--out", out)
+    (folder / "captions.csv").write_text(text)
+    with encoder_calls() as calls:
+        run_train(preset, "diffusion", "--data", folder, "--out", out, "--steps", 1)
+    assert not calls
+
+
+# ------------------------------------------------------------------------------ losses of the VAE
+
+
+@pytest.fixture
+def vgg_file(tmp_path, monkeypatch):
+    """A file like torchvision's, of a much narrower network."""
+    stages = tuple((4, indices) for _, indices in vae.VGGFeatures.stages)
+    monkeypatch.setattr(vae.VGGFeatures, "stages", stages)
+    state = {f"features.{name.removeprefix('convolutions.')}": value
+             for name, value in vae.VGGFeatures().state_dict().items() if "conv" in name}
+    torch.save(state | {"classifier.0.weight": torch.zeros(3)}, tmp_path / "vgg.pth")
+    return tmp_path / "vgg.pth"
+
+
+def test_the_vgg_term_is_switched_on_by_its_weights(preset, vgg_file, tmp_path):
+    def losses(name, *arguments):
+        run_train(preset, "vae", "--out", tmp_path / name, "--steps", 1, *arguments)
+        return log(tmp_path / name)[0]
+
+    without, with_vgg = losses("without"), losses("with", "--vgg", vgg_file)
+    assert "vgg" not in without and with_vgg["vgg"] > 0
+    with pytest.raises(UserError, match="vgg16-397923af.pth"):
+        losses("wrong", "--vgg", tmp_path / "with" / "vae.pt")
+    with pytest.raises(UserError, match="vgg16-397923af.pth"):
+        losses("wrong", "--vgg", tmp_path / "gone.pth")
+    with pytest.raises(UserError, match="--vgg is for the autoencoder"):
+        run_train(preset, "diffusion", "--out", tmp_path / "without", "--vgg", vgg_file)
+
+
+def test_the_discriminator_joins_in_after_its_share_of_the_steps(preset, tmp_path):
+    """Before that it is trained, but has no say."""
+    late = replace(preset, vae_loss=VAELossConfig(gan_weight=0.5, gan_start=2))
+    run_train(late, "vae", "--out", tmp_path / "late")
+    lines = log(tmp_path / "late")
+    assert [("gan" in x, "discriminator" in x) for x in lines] == [(False, True)] * 2 + (
+        [(True, True)] * 2)
+    ucf101 = train.configure(train.parse_args(["vae", "--preset", "ucf101", "--out", "x"]))
+    assert ucf101 == train.PRESETS["ucf101"] and ucf101.vae_loss.gan_weight > 0
+    short = ["vae", "--preset", "ucf101", "--out", "x", "--steps", "500"]
+    assert train.configure(train.parse_args(short)).vae_loss.gan_start == 100
 
 
 # ------------------------------------------------------------------------------ a step
@@ -444,12 +668,12 @@ def test_a_tenth_of_the_captions_is_the_empty_one(drawn, finished):
 
 
 def test_clips_captions_and_rates_belong_together(drawn, finished):
-    cache = load(finished / "latents.pt")
+    captions, rates, latents = cached(finished, MovingShapes(TRAINING.videos, size=32))
     tokenizer = load_pipeline(finished / "model.pt").tokenizer
     for tokens, x_start, fps in zip(*(drawn[0][k] for k in ("tokens", "x_start", "fps"))):
-        (index,) = [i for i, z in enumerate(cache["latents"]) if torch.equal(z.float(), x_start)]
-        assert fps == cache["fps"][index]
-        assert tokenizer.decode(tokens.tolist()) in ("", cache["captions"][index])
+        (index,) = [i for i, z in enumerate(latents) if torch.equal(z.float(), x_start)]
+        assert fps == rates[index]
+        assert tokenizer.decode(tokens.tolist()) in ("", captions[index])
 
 
 def test_given_frames_are_shown_clean_and_left_out_of_the_loss(drawn):
