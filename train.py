@@ -12,25 +12,32 @@ A run folder holds `config.json`, `log.jsonl` (one JSON object per logged step),
 
 Every random draw of step n comes from a generator seeded by (seed, n). So a resumed run sees the
 very batches, noise and masks that an uninterrupted one would have seen, and no random state needs
-saving.
+saving. Killed at any moment and resumed, on the same CPU, a run ends with the same bits.
 """
 
 import argparse
 import contextlib
 import copy
+import functools
 import hashlib
+import importlib.util
 import json
 import math
 import os
 import shlex
+import signal
 import sys
 import time
 from dataclasses import asdict, dataclass, replace
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from einops import rearrange
+from torch import nn
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import data
@@ -40,8 +47,8 @@ from diffusion import DiffusionConfig, NoiseSchedule, diffusion_loss
 from sample import Parser, Pipeline, UserError, autocast, load_checkpoint, load_pipeline, number
 from sample import pack, pick_device, run_command, unpack
 from text_encoder import TextEncoder, TextEncoderConfig, Tokenizer
-from unet3d import UNet3D, UNet3DConfig
-from vae import AutoencoderKL, VAEConfig, VAELoss, VAELossConfig
+from unet3d import SpaceTimeBlock, UNet3D, UNet3DConfig
+from vae import AutoencoderKL, ResBlock, VAEConfig, VAELoss, VAELossConfig
 
 # ------------------------------------------------------------------------------ configuration
 
@@ -62,6 +69,7 @@ class TrainConfig:
     videos: int = 10_000  # size of the procedural data set
     caption_dropout: float = 0.1  # share of captions replaced by "": trains the null for guidance
     text_only: float = 0.5  # share of clips in which no frame is given clean
+    image_fraction: float = 0.0  # share of clips whose frames are learnt as single pictures
     easy_start: int = 0  # steps of easier questions at first, see `beginning`
     log_every: int = 50
     save_every: int = 500  # checkpoint and sample pictures
@@ -222,23 +230,83 @@ def make_optimizers(model, config):
     return optimizers | {"adamw": torch.optim.AdamW(groups, config.lr, betas=(0.9, 0.99))}
 
 
+# ------------------------------------------------------------------------------ several GPUs
+# torchrun starts a process for each GPU. All do the same, each with its share of every batch, and
+# the first one alone writes files and messages. Without torchrun there is only the first one.
+
+
+def processes():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def process():
+    """The number of this process; the first one is 0."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def join_processes(device):
+    if "LOCAL_RANK" in os.environ:
+        if device.type == "cuda":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        # The others wait for as long as the first one encodes the data set.
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(days=1))
+
+
+@contextlib.contextmanager
+def first_process_first():
+    if process() > 0:
+        dist.barrier()
+    yield
+    if process() == 0 and processes() > 1:
+        dist.barrier()
+
+
+def data_parallel(loss, model):
+    """The same function, whose gradients for `model` are the means over all processes."""
+    if processes() == 1:
+        return loss
+    step = nn.Module()  # DistributedDataParallel wants the parameters and the function in one
+    step.model, step.forward = model, loss
+    return nn.parallel.DistributedDataParallel(step, broadcast_buffers=False)
+
+
+def sum_over_processes(values):
+    """A dict of floats -> the sums over all processes."""
+    if processes() == 1:
+        return values
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    sums = torch.tensor(list(values.values()), dtype=torch.float64, device=device)
+    dist.all_reduce(sums)
+    return dict(zip(values, sums.tolist()))
+
+
 # ------------------------------------------------------------------------------ a run
 
 
 class Run:
     """What both stages share: optimizer step, log, progress bar, checkpoints, resume.
 
-    stage: "vae" or "diffusion"; models: what to save, of which `update` trains the first;
-    discriminator: trained by `update_discriminator`, or None.
+    stage: "vae" or "diffusion"; models: what to save, of which the first is trained with the
+    config's optimizers; discriminator: trained beside it, or None.
+
+    `last.pt` holds all that a step depends on, and is written after the log and the pictures of its
+    step and after the stage's result. So wherever a run is killed, what lies on the disk is at
+    least as new as `last.pt`, and --resume makes the steps since then again, bit for bit.
     """
 
     def __init__(self, args, stage, config, models, discriminator=None):
         self.out, self.stage, self.config, self.models = Path(args.out), stage, config, models
-        self.resume, self.start = args.resume, 0
+        self.args, self.start, self.writer = args, 0, None
+        self.logged, self.sums = 0, {}  # the last logged step, and the sums of all values since
+        self.signalled = self.stopping = False  # by Ctrl-C: in this process, in all
         # What must be the same when a run goes on; the rest (steps, learning rate) may change.
         names = ("preset", "data", "seed", *CLIP_OPTIONS)
         self.settings = {name: getattr(args, name) for name in names}
-        self.record = {"arguments": vars(args), "preset": asdict(configure(args))}
+        self.parts = args.grad_accum * processes()
+        if self.parts > config.batch_size:
+            raise UserError(f"a batch of {config.batch_size} cannot be divided into {self.parts} "
+                            "parts: choose a larger --batch-size")
         trained = next(iter(models.values()))
         self.parameters = list(trained.parameters())
         self.optimizers = make_optimizers(trained, config)
@@ -252,89 +320,119 @@ class Run:
     def prepare(self):
         """Resume from last.pt, or make sure that nothing of an earlier run is overwritten."""
         last = self.out / "last.pt"
-        if self.resume:
-            state = load_checkpoint(last, "stage", "settings", "step", "models", "optimizers")
-            if state["stage"] != self.stage:
-                raise UserError(f"{last} is of the {state['stage']} stage: there is no "
-                                f"{self.stage} run to resume")
-            for name, value in state["settings"].items():
-                if value != self.settings[name]:
-                    was = options(**{name: value}) or f"no --{name.replace('_', '-')}"
-                    raise UserError(f"{last} was started with {was}: use the same")
-            try:
-                for name, model in self.models.items():
-                    model.load_state_dict(state["models"][name])
-                for name, optimizer in self.optimizers.items():
-                    optimizer.load_state_dict(state["optimizers"][name])
-            except (KeyError, ValueError, RuntimeError) as error:
-                raise UserError(f"{last} does not fit the preset as it is now: restore its "
-                                "settings, or choose another --out") from error
-            self.start = state["step"]
-        elif last.is_file():
-            found = load_checkpoint(last, "stage")["stage"]
-            if found == self.stage:
-                raise UserError(f"{last} is a {found} run: add --resume, or choose another --out")
-            if found == "diffusion":  # a new VAE would make its UNet worthless
-                raise UserError(f"{last} is a {found} run: choose another --out")
+        state = load_checkpoint(last, "stage", "settings") if last.is_file() else {"stage": None}
+        if self.args.resume and state["stage"] == self.stage:
+            self._restore(state, last)
+        elif self.args.resume and begun_stage(self.out) != self.stage:
+            raise UserError(f"there is no {self.stage} run in {self.out} to resume")
+        elif state["stage"] == self.stage and not self.args.resume:
+            raise UserError(f"{last} is a {self.stage} run: add --resume, or choose another --out")
+        elif state["stage"] == "diffusion":  # a new VAE would make its UNet worthless
+            raise UserError(f"{last} is a diffusion run: choose another --out")
+        if process() > 0:
+            return
+        if self.args.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.writer = SummaryWriter(self.out / "tensorboard", purge_step=self.start + 1)
         try:
             (self.out / "samples").mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"cannot write to {self.out}: {error.strerror}") from error
+        for path in self.out.rglob(".[0-9]*-*"):  # left by a process that was killed while writing
+            path.unlink()
         self._rewind_log()
+        record = {"arguments": vars(self.args), "preset": asdict(configure(self.args))}
         with atomic_path(self.out / "config.json") as path:
-            path.write_text(json.dumps(self.record, indent=2) + "\n")
+            path.write_text(json.dumps(record, indent=2) + "\n")
+
+    def _restore(self, state, last):
+        """Everything as it was when last.pt was written."""
+        for name, value in state["settings"].items():
+            if value != self.settings[name]:
+                was = options(**{name: value}) or f"no --{name.replace('_', '-')}"
+                raise UserError(f"{last} was started with {was}: use the same")
+        try:
+            for name, model in self.models.items():
+                model.load_state_dict(state["models"][name])
+            for name, optimizer in self.optimizers.items():
+                optimizer.load_state_dict(state["optimizers"][name])
+            self.start, self.logged, self.sums = state["step"], state["logged"], state["sums"]
+        except (KeyError, ValueError, RuntimeError) as error:
+            raise UserError(f"{last} does not fit the preset as it is now: restore its settings, "
+                            "or choose another --out") from error
 
     def _rewind_log(self):
         """Drop log lines of this stage from after the checkpoint: those steps come again."""
         path = self.out / "log.jsonl"
         lines = path.read_text().splitlines(keepends=True) if path.is_file() else []
-        # A full disk may have cut the last line short.
+        # A kill or a full disk may have cut the last line short.
         lines = [json.loads(line) for line in lines if line.endswith("\n")]
         lines = [r for r in lines if r["stage"] != self.stage or r["step"] <= self.start]
         with atomic_path(path) as temporary:
             temporary.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
     def steps(self):
-        """The remaining step numbers, behind a progress bar; sets the learning rate of each."""
-        steps = range(self.start, self.config.steps)
-        bar = tqdm(
-            steps, initial=self.start, total=self.config.steps, desc=self.stage,
-            mininterval=progress_interval(),
-        )
-        self.clock, self.clock_step, self.sums = time.time(), self.start, {}
-        for step in bar:
-            for optimizer in self.optimizers.values():
-                for group in optimizer.param_groups:
-                    group["lr"] = learning_rate(step, self.config)
-            yield step
+        """The remaining step numbers, behind a progress bar; sets the learning rate of each.
 
-    def update(self, loss):
-        """Backward, clip, step. Returns the gradient's norm. Raises UserError if not finite."""
-        for p in self.parameters:
-            p.grad = None
-        loss.backward()
+        Ctrl-C lets the step come to its end and be saved, and is raised then. So does SIGTERM,
+        with which torchrun and job schedulers end a process.
+        """
+        def note(number, frame):
+            self.signalled = True
+
+        names = (signal.SIGINT, signal.SIGTERM)
+        handlers = {name: signal.signal(name, note) for name in names}
+        self.clock = time.time()
+        try:
+            remaining = range(self.start, self.config.steps)
+            for step in progress(remaining, self.stage, self.start, self.config.steps):
+                for optimizer in self.optimizers.values():
+                    for group in optimizer.param_groups:
+                        group["lr"] = learning_rate(step, self.config)
+                yield step
+                if self.stopping:
+                    raise KeyboardInterrupt
+        finally:
+            for name, handler in handlers.items():
+                signal.signal(name, handler)
+
+    def update(self, loss, *batch):
+        """One step of all optimizers. batch: tensors (b, ...), alike in every process; loss: turns
+        a part of the batch into a scalar, the mean over its samples, and a dict of floats to log.
+        Returns their means over the batch and the norm of the gradient, "grad".
+
+        The batch is divided among the processes, and by --grad-accum into parts that go one after
+        the other and add up their gradients. Raises UserError, and moves nothing, when the loss or
+        a gradient is not finite.
+        """
+        for optimizer in self.optimizers.values():
+            optimizer.zero_grad()
+        sums, size = {}, len(batch[0])
+        parts = zip(*(x.tensor_split(self.parts)[process() :: processes()] for x in batch))
+        for part in parts:
+            scalar, values = loss(*part)
+            weight = len(part[0]) / size
+            (weight * processes() * scalar).backward()
+            for name, value in {"scalar": scalar.item(), **values}.items():
+                sums[name] = sums.get(name, 0.0) + weight * value
+        sums = sum_over_processes(sums | {"signalled": float(self.signalled)})
+        self.stopping = sums.pop("signalled") > 0
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.config.grad_clip).item()
-        self._check_finite(norm + loss.item())
-        for name, optimizer in self.optimizers.items():
-            if name != "discriminator":
-                optimizer.step()
-        return norm
-
-    def update_discriminator(self, loss):
-        """Backward and step of the discriminator alone."""
-        optimizer = self.optimizers["discriminator"]
-        optimizer.zero_grad()
-        loss.backward()
-        self._check_finite(loss.item())
-        optimizer.step()
+        self._check_finite(norm + sums.pop("scalar"))
+        for optimizer in self.optimizers.values():
+            optimizer.step()
+        return sums | {"grad": norm}
 
     def _check_finite(self, value):
         if not math.isfinite(value):
-            last = self.out / "last.pt"
+            last, other = self.out / "last.pt", "a lower --lr"
+            if self.args.precision != "fp32":
+                other += " or --precision fp32"
             start = f"go on from {last} with --resume and" if last.is_file() else "start again with"
-            raise UserError(f"the loss is not finite any more: {start} a lower --lr")
+            raise UserError(f"the loss is not finite any more: {start} {other}")
 
-    def log(self, step, **values):
+    def log(self, step, values):
         """Every `log_every` steps, the means since the last time: an aligned line on stderr and a
         JSON object in log.jsonl."""
         for name, value in values.items():
@@ -342,43 +440,70 @@ class Run:
         done = step + 1
         if done % self.config.log_every and done != self.config.steps:
             return
-        steps, seconds = done - self.clock_step, time.time() - self.clock
-        means = {name: total / steps for name, total in self.sums.items()}
-        self.clock, self.clock_step, self.sums = time.time(), done, {}
-        lr, speed = learning_rate(step, self.config), steps * self.config.batch_size / seconds
-        minutes = (self.config.steps - done) * seconds / steps / 60
+        means = {name: total / (done - self.logged) for name, total in self.sums.items()}
+        seconds = (time.time() - self.clock) / (done - max(self.logged, self.start))  # of a step
+        self.clock, self.logged, self.sums = time.time(), done, {}
+        lr, speed = learning_rate(step, self.config), self.config.batch_size / seconds
+        minutes = (self.config.steps - done) * seconds / 60
         text = "  ".join(f"{name} {value:7.4f}" for name, value in means.items())
-        tqdm.write(
-            f"step {done:6d}  {text}  lr {lr:.1e}  {speed:6.1f}/s  {memory_gib():4.1f} GiB  "
-            f"{minutes:5.1f} min left",
-            file=sys.stderr,
-        )
+        say(f"step {done:6d}  {text}  lr {lr:.1e}  {speed:6.1f}/s  {memory_gib():4.1f} GiB  "
+            f"{minutes:5.1f} min left")
         self.record_line(step, **means, lr=lr, per_second=speed)
 
     def record_line(self, step, **values):
-        """Append one JSON object to log.jsonl."""
+        """Append one JSON object to log.jsonl; with --tensorboard, show the values there too."""
+        if process() > 0:
+            return
         with (self.out / "log.jsonl").open("a") as file:
             file.write(json.dumps({"stage": self.stage, "step": step + 1, **values}) + "\n")
+        if self.writer is not None:
+            for name, value in values.items():
+                self.writer.add_scalar(f"{self.stage}/{name}", value, step + 1)
 
     def due(self, step):
-        """Is it time for a checkpoint and sample pictures after this step?"""
-        return (step + 1) % self.config.save_every == 0 or step + 1 == self.config.steps
+        """Is it time for sample pictures and a checkpoint after this step?"""
+        last = step + 1 == self.config.steps
+        return process() == 0 and (last or (step + 1) % self.config.save_every == 0)
 
-    def save(self, step):
-        """Write the whole training state to last.pt."""
+    def save(self, step, write_result=None):
+        """Where it is due, or Ctrl-C was pressed: write last.pt, the whole training state. Before
+        that call `write_result()`, for the file that a finished stage leaves."""
+        if not (self.due(step) or self.stopping and process() == 0):
+            return
+        weights = [v.float().sum() for m in self.models.values() for v in m.state_dict().values()]
+        self._check_finite(torch.stack(weights).sum().item())  # or nothing good would be kept
+        if write_result is not None:
+            write_result()
         state = {
             "stage": self.stage,
             "settings": self.settings,
             "step": step + 1,
+            "logged": self.logged,
+            "sums": self.sums,
             "models": {name: model.state_dict() for name, model in self.models.items()},
             "optimizers": {name: o.state_dict() for name, o in self.optimizers.items()},
         }
         save_atomically(state, self.out / "last.pt")
 
 
-def progress_interval():
-    """Seconds between updates of a progress bar: few when stderr is a file."""
-    return 0.5 if sys.stderr.isatty() else 60
+def begun_stage(out):
+    """The stage of the run that began last in a folder, whether or not it came to a checkpoint."""
+    path = out / "config.json"
+    return json.loads(path.read_text())["arguments"]["stage"] if path.is_file() else None
+
+
+def progress(remaining, title, done, total):
+    """A progress bar around the remaining items."""
+    interval = 0.5 if sys.stderr.isatty() else 60  # seconds; few lines when stderr is a file
+    return tqdm(
+        remaining, title, initial=done, total=total, mininterval=interval, disable=process() > 0
+    )
+
+
+def say(text):
+    """A line on stderr, above a progress bar if there is one."""
+    if process() == 0:
+        tqdm.write(text, file=sys.stderr)
 
 
 def save_atomically(checkpoint, path):
@@ -404,6 +529,19 @@ def generator(seed, step):
     return torch.Generator().manual_seed(seed * 1_000_003 + step)
 
 
+def economize(args, *modules):
+    """--grad-checkpoint and --compile, which change neither the weights nor their names."""
+    for module in modules:
+        for block in module.modules():
+            if args.grad_checkpoint and isinstance(block, (SpaceTimeBlock, ResBlock)):
+                # Chen 2016 (arXiv 1604.06174): keep what goes into a block, not what is inside.
+                block.forward = functools.partial(
+                    checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False
+                )
+        if args.compile:
+            module.compile()
+
+
 # ------------------------------------------------------------------------------ the data set
 
 
@@ -417,14 +555,16 @@ def open_dataset(args, config, size):
     if args.videos is not None:
         raise UserError("--videos is for --data shapes; a folder has as many as there are in it")
     dataset = VideoFolder(args.data, seed=args.seed, size=size, **clips)
-    print(f"{args.data}: {len(dataset)} videos, captions from {dataset.source}, for example "
-          f'"{dataset.caption(0)}"', file=sys.stderr)
+    say(f"{args.data}: {len(dataset)} videos, captions from {dataset.source}, for example "
+        f'"{dataset.caption(0)}"')
     return dataset
 
 
 def report_skipped(dataset, out):
     """List the videos that cannot be used in skipped.txt, each once, with the reason."""
     path, skipped = out / "skipped.txt", sorted(dataset.skipped.items())
+    if process() > 0:
+        return
     if not skipped:
         path.unlink(missing_ok=True)  # of an earlier run
         return
@@ -432,7 +572,7 @@ def report_skipped(dataset, out):
     if not path.is_file() or path.read_bytes() != text:
         with atomic_path(path) as temporary:
             temporary.write_bytes(text)
-        tqdm.write(f"skipped {len(skipped)} videos: {path} says why", file=sys.stderr)
+        say(f"skipped {len(skipped)} videos: {path} says why")
 
 
 # ------------------------------------------------------------------------------ stage 1: VAE
@@ -492,35 +632,37 @@ def train_vae(args, preset, device):
     losses = vae_loss(args, preset).to(device)
     run = Run(args, "vae", config, {"vae": vae}, losses.discriminator)
     run.prepare()
+    economize(args, vae.encoder, vae.decoder)
 
     def draw(step):
         return draw_frames(dataset, np.random.default_rng((args.seed, step)), config.batch_size)
 
+    def loss(x, eps):
+        with autocast(device, args.precision):
+            posterior = vae.encode(x)
+            x_hat = vae.decode(posterior.sample(eps))
+            scalar, terms = losses.generator_loss(x, x_hat, posterior, vae.last_layer, step)
+            values = {"loss": scalar.item(), **terms, "psnr": psnr(x, x_hat)}
+            if losses.discriminator is not None:  # neither term has a gradient for the other model
+                loss_d = losses.discriminator_loss(x, x_hat)
+                scalar, values["discriminator"] = scalar + loss_d, loss_d.item()
+        return scalar, values
+
+    side = preset.size // vae.config.factor
+    latent_shape = (config.batch_size, vae.config.latent_channels, side, side)
     batches = prefetch(draw, range(run.start, config.steps))
     for step, x in zip(run.steps(), batches):
-        x, source = x.to(device), generator(args.seed, step)
-        with autocast(device):
-            posterior = vae.encode(x)
-            eps = torch.randn(posterior.mean.shape, generator=source).to(device)
-            x_hat = vae.decode(posterior.sample(eps))
-            loss, terms = losses.generator_loss(x, x_hat, posterior, vae.last_layer, step)
-        terms |= {"grad": run.update(loss), "psnr": psnr(x, x_hat)}
-        if losses.discriminator is not None:
-            with autocast(device):
-                loss_d = losses.discriminator_loss(x, x_hat)
-            run.update_discriminator(loss_d)
-            terms["discriminator"] = loss_d.item()
-        run.log(step, loss=loss.item(), **terms)
-
+        eps = torch.randn(latent_shape, generator=generator(args.seed, step))
+        run.log(step, run.update(loss, x.to(device), eps.to(device)))
         if run.due(step):
-            run.save(step)
             report_skipped(dataset, run.out)
             x_hat = reconstruct(vae, test, device).cpu()
             run.record_line(step, held_out_psnr=psnr(test, x_hat))
-            tqdm.write(f"held-out frames: {psnr(test, x_hat):.2f} dB PSNR", file=sys.stderr)
+            say(f"held-out frames: {psnr(test, x_hat):.2f} dB PSNR")
             pairs = torch.cat([test[:8], x_hat[:8]]).transpose(0, 1)[None]
             sheet = contact_sheet(to_uint8(pairs)[0], columns=8)
             write_video(run.out / f"samples/vae_{step + 1:06d}.png", sheet[None])
+        run.save(step)
     measure_latents(vae, dataset, device)
     save_atomically({"vae": pack(vae)}, run.out / "vae.pt")
     print(f"{run.out / 'vae.pt'} is done; next: {command('diffusion', args)}")
@@ -577,13 +719,13 @@ def encode_dataset(vae, dataset, device, out):
     it; encoding that was interrupted goes on there, unless anything has changed that the latents
     depend on.
     """
-    file, progress = out / "latents.bin", out / "latents.json"
+    file, contents = out / "latents.bin", out / "latents.json"
     weights = b"".join(v.numpy(force=True).tobytes() for v in vae.state_dict().values())
     key = hashlib.sha256(weights + Path(data.__file__).read_bytes())
     key.update(dataset.identity().encode("utf-8", "backslashreplace"))
-    state = json.loads(progress.read_text()) if file.is_file() and progress.is_file() else {}
+    state = json.loads(contents.read_text()) if file.is_file() and contents.is_file() else {}
     if state.get("key") != key.hexdigest():
-        progress.unlink(missing_ok=True)  # first: it must never speak of another file
+        contents.unlink(missing_ok=True)  # first: it must never speak of another file
         file.write_bytes(b"")
         state = {"key": key.hexdigest(), "done": 0, "clips": [], "fps": [], "skipped": {}}
     dataset.skipped.update(state["skipped"])
@@ -591,13 +733,10 @@ def encode_dataset(vae, dataset, device, out):
     side = dataset.size // vae.config.factor
     shape = (vae.config.latent_channels, dataset.frames, side, side)
     todo = range(state["done"], len(dataset))
-    bar = tqdm(
-        read_ahead(dataset, todo), initial=state["done"], total=len(dataset), desc="encoding",
-        mininterval=progress_interval(),
-    )
     with file.open("rb+") as latents:
         latents.seek(len(state["clips"]) * 2 * math.prod(shape))
-        for i, sample in bar:
+        clips = read_ahead(dataset, todo)
+        for i, sample in progress(clips, "encoding", state["done"], len(dataset)):
             if sample is not None:
                 with autocast(device):
                     z = vae.encode_video(to_model(sample.video[None]).to(device))
@@ -608,7 +747,7 @@ def encode_dataset(vae, dataset, device, out):
             if state["done"] % 100 == 0 or state["done"] == len(dataset):
                 latents.flush()
                 os.fsync(latents.fileno())  # what is called done must be on the disk
-                with atomic_path(progress) as path:
+                with atomic_path(contents) as path:
                     path.write_text(json.dumps(state))
     shape = (len(state["clips"]), *shape)
     latents = np.memmap(file, np.float16, mode="c", shape=shape)  # "c": the file stays as it is
@@ -674,7 +813,8 @@ def beginning(step, config):
 
 def draw_batch(seed, step, config, latents, schedule):
     """All that is random in a step: which clips and which captions (b,), the clips' latents, given
-    frames (b, f), timesteps (b,), and noise. Caption number len(latents) is the null one."""
+    frames (b, f), timesteps (b,), noise, and which clips are single pictures (b,). Caption number
+    len(latents) is the null one."""
     rng, source = np.random.default_rng((seed, step)), generator(seed, step)
     index = rng.integers(len(latents), size=config.batch_size)
     dropped = rng.random(config.batch_size) < config.caption_dropout
@@ -682,13 +822,47 @@ def draw_batch(seed, step, config, latents, schedule):
     given = draw_given_frames(rng, len(index), latents.shape[2], config.text_only)
     easy = beginning(step, config)
     given[rng.random(len(index)) < easy] = torch.arange(latents.shape[2]) == 0
+    # Joint training (Ho 2022, section 3.1): frames that see no other one, nor is any given.
+    images = torch.from_numpy(rng.random(len(index)) < config.image_fraction)
+    given[images] = False
     noise = torch.randn((len(index), *latents.shape[1:]), generator=source)
     # One timestep from each of b equal intervals: a quieter gradient (Kingma 2021, appendix I.1).
     u = (torch.rand(1, generator=source) + torch.arange(len(index)) / len(index)) % 1
     u = 1 - (1 - u) * (1 - 0.95 * easy)
     t = (u * schedule.config.timesteps).long()
     clips, rows = torch.from_numpy(index), torch.from_numpy(rows)
-    return clips, rows, latents[clips].float(), given, t, noise
+    return clips, rows, latents[clips].float(), given, t, noise, images
+
+
+def text_to_video_loss(model, schedule, tokens, mask, args, device):
+    """The loss of a part of a batch, for `Run.update`: its arguments are rows of the tokens (b,),
+    frame rates (b,), and the rest as from `draw_batch`."""
+
+    def loss(rows, fps, x_start, given, t, noise, images):
+        with autocast(device, args.precision):
+            longest = int(mask[rows].sum(1).max())
+            words, words_mask = tokens[rows, :longest], mask[rows, :longest]
+            context = model["text_encoder"](words, words_mask)
+            alone = images if images.any() else False  # without any, there is less to compute
+
+            def denoise(x_t, t):
+                return model["unet"](x_t, t, context, words_mask, fps, x_start, given, alone)
+
+            scalar = diffusion_loss(denoise, schedule, x_start, t, noise, keep=~given)
+        return scalar, {"loss": scalar.item()}
+
+    return data_parallel(loss, model)
+
+
+def encode_captions(tokenizer, captions, config, device):
+    """Tokens and mask of all captions; the last row is the null one. The tokenizer, or a new one
+    where it is None, learns all words. Returns (tokenizer, tokens, mask). Raises UserError."""
+    tokenizer = tokenizer or Tokenizer.train(captions, config.vocab_size)
+    tokenizer.add_words(captions)
+    try:
+        return tokenizer, *tokenizer.batch(captions + [""], config.context_length, device)
+    except ValueError as error:
+        raise UserError(f"one of the captions is too long: {error}") from error
 
 
 def train_diffusion(args, preset, device):
@@ -705,46 +879,31 @@ def train_diffusion(args, preset, device):
     ema = EMA(model, config.ema)
     run = Run(args, "diffusion", config, {"model": model, "ema": ema.model})
     run.prepare()
+    economize(args, unet)
 
-    captions, fps, latents = encode_dataset(vae.to(device), dataset, device, run.out)
+    with first_process_first():
+        captions, fps, latents = encode_dataset(vae.to(device), dataset, device, run.out)
     report_skipped(dataset, run.out)
-    if run.resume:  # with other --videos the captions differ, but the tokens must stay the same
+    if run.start:  # with other --videos the captions differ, but the tokens must stay the same
         tokenizer = load_pipeline(run.out / "model.pt").tokenizer
-    tokenizer = tokenizer or Tokenizer.train(captions, preset.text.vocab_size)
-    tokenizer.add_words(captions)
-    length = text_encoder.config.context_length
-    try:  # the last row is the null caption
-        tokens, mask = tokenizer.batch(captions + [""], length, device)
-    except ValueError as error:
-        raise UserError(f"one of the captions is too long: {error}") from error
+    tokenizer, tokens, mask = encode_captions(tokenizer, captions, text_encoder.config, device)
     prompts, rate = (PROMPTS, FPS) if args.data == "shapes" else typical(captions, fps)
-    fps = fps.to(device)
     pipeline = Pipeline(
         tokenizer, ema.model["text_encoder"], ema.model["unet"], vae, schedule, device
     )
-
+    loss = text_to_video_loss(model, schedule, tokens, mask, args, device)
     for step in run.steps():
-        batch = draw_batch(args.seed, step, config, latents, schedule)
-        clips, rows, x_start, given, t, noise = (part.to(device) for part in batch)
-        with autocast(device):
-            longest = int(mask[rows].sum(1).max())
-            words, words_mask = tokens[rows, :longest], mask[rows, :longest]
-            context = model["text_encoder"](words, words_mask)
-
-            def denoise(x_t, t):
-                return model["unet"](x_t, t, context, words_mask, fps[clips], x_start, given)
-
-            loss = diffusion_loss(denoise, schedule, x_start, t, noise, keep=~given)
-        grad_norm = run.update(loss)
+        clips, rows, *rest = draw_batch(args.seed, step, config, latents, schedule)
+        batch = (part.to(device) for part in (rows, fps[clips], *rest))
+        values = run.update(loss, *batch)
         ema.update(model, step)
-        run.log(step, loss=loss.item(), grad=grad_norm)
+        run.log(step, values)
         if run.due(step):
-            # In this order, so that where there is a last.pt to resume from there is a model.pt.
-            save_pipeline(pipeline, run.out / "model.pt")
-            run.save(step)
             draw_samples(pipeline, run.out / f"samples/step_{step + 1:06d}.gif", prompts, rate)
-    print(f"python sample.py {shlex.quote(prompts[0])} --fps {rate:g} --checkpoint "
-          f"{shlex.quote(str(run.out / 'model.pt'))}")
+        run.save(step, lambda: save_pipeline(pipeline, run.out / "model.pt"))
+    if process() == 0:
+        print(f"python sample.py {shlex.quote(prompts[0])} --fps {rate:g} --checkpoint "
+              f"{shlex.quote(str(run.out / 'model.pt'))}")
 
 
 def typical(captions, fps, count=4):
@@ -791,6 +950,10 @@ def parse_args(argv=None):
         "--resume", action="store_true", help="go on where the run in --out stopped"
     )
     parser.add_argument(
+        "--tensorboard", action="store_true",
+        help="also write the log for TensorBoard, if that package is installed",
+    )
+    parser.add_argument(
         "--vgg", metavar="FILE",
         help="torchvision's vgg16-397923af.pth: the VAE also compares VGG features",
     )
@@ -813,9 +976,38 @@ def parse_args(argv=None):
     group.add_argument("--batch-size", type=number(int, 1, 10**6))
     group.add_argument("--lr", type=number(float, 0, 1), help="peak learning rate")
     group.add_argument("--videos", type=number(int, 1, 10**9), help="size of the procedural data")
+    group.add_argument(
+        "--ema", type=number(float, 0, 1), metavar="DECAY",
+        help="of the averaged weights that are sampled from; 0 keeps the last ones",
+    )
+    group.add_argument(
+        "--image-fraction", type=number(float, 0, 1), metavar="P",
+        help="learn from the frames of this share of clips as single pictures with the caption",
+    )
+    add_memory_options(parser.add_argument_group("memory and speed"))
     parser.add_argument("--seed", type=number(int, 0, 2**31), default=0, help="(%(default)s)")
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
     return parser.parse_args(argv)
+
+
+def add_memory_options(group):
+    group.add_argument(
+        "--grad-accum", type=number(int, 1, 10**6), default=1, metavar="N",
+        help="go through each batch in N parts and add up their gradients: the same result in less "
+             "memory (%(default)s)",
+    )
+    group.add_argument(
+        "--grad-checkpoint", action="store_true",
+        help="compute what is inside a block again on the way back, instead of keeping it: the "
+             "same gradients in less memory and more time",
+    )
+    group.add_argument(
+        "--precision", choices=["bf16", "fp32"],
+        help="of matrix products in training (bf16 where the hardware is made for it)",
+    )
+    group.add_argument(
+        "--compile", action="store_true", help="translate the model with torch.compile (CUDA)"
+    )
 
 
 def configure(args):
@@ -823,7 +1015,7 @@ def configure(args):
     discriminator joins in after the same share of the steps."""
     preset = PRESETS[args.preset]
     field = f"{args.stage}_training"
-    names = ("steps", "batch_size", "lr", "videos")
+    names = ("steps", "batch_size", "lr", "videos", "ema", "image_fraction")
     values = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     if args.stage == "vae" and args.steps is not None:
         start = preset.vae_loss.gan_start * args.steps // preset.vae_training.steps
@@ -831,23 +1023,49 @@ def configure(args):
     return replace(preset, **{field: replace(getattr(preset, field), **values)})
 
 
-def main():
-    args = parse_args()
+def check(args, device):
+    """Raises UserError where options do not fit together, or to this machine."""
     if args.vgg and args.stage != "vae":
         raise UserError("--vgg is for the autoencoder: python train.py vae")
-    preset = configure(args)
+    for name in ("ema", "image_fraction"):
+        if getattr(args, name) is not None and args.stage != "diffusion":
+            raise UserError(f"--{name.replace('_', '-')} is for python train.py diffusion")
+    if args.compile and device.type != "cuda":
+        raise UserError("--compile is for CUDA GPUs: leave it out")
+    if args.tensorboard and importlib.util.find_spec("tensorboard") is None:
+        raise UserError("--tensorboard needs that package: pip install tensorboard")
+    if processes() > 1 and args.stage == "vae":
+        raise UserError("the autoencoder trains in one process: leave out torchrun")
+
+
+def memory_advice(args):
+    """What helps against a full memory, of what is not in use yet."""
+    advice = [f"--grad-accum {2 * args.grad_accum} (the same result, in more parts)"]
+    advice += [] if args.grad_checkpoint else ["--grad-checkpoint"]
+    advice += [] if args.precision == "bf16" else ["--precision bf16"]
+    return f"{', '.join(advice)} or a smaller --batch-size"
+
+
+def main():
+    args = parse_args()
+    device = pick_device(args.device)
+    join_processes(device)
+    check(args, device)
     stage = {"vae": train_vae, "diffusion": train_diffusion}[args.stage]
     try:
-        stage(args, preset, pick_device(args.device))
+        stage(args, configure(args), device)
     except KeyboardInterrupt:
-        if (Path(args.out) / "last.pt").is_file():
-            print("stopped; the same command with --resume goes on from the last checkpoint",
-                  file=sys.stderr)
+        if begun_stage(Path(args.out)) == args.stage:
+            say("stopped; the same command with --resume goes on from there")
         raise
     except DataError as error:
         raise UserError(error) from error
-    except torch.cuda.OutOfMemoryError as error:
-        raise UserError("the GPU's memory is full: try a smaller --batch-size") from error
+    except (MemoryError, RuntimeError) as error:
+        # PyTorch has an error of its own for a GPU, and none for the CPU.
+        texts = ("out of memory", "can't allocate memory")
+        if isinstance(error, RuntimeError) and not any(text in str(error) for text in texts):
+            raise
+        raise UserError(f"the memory is full: try {memory_advice(args)}") from error
 
 
 if __name__ == "__main__":

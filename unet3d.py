@@ -22,7 +22,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
+from einops import rearrange, repeat
 from torch import nn
 
 from vae import Upsample
@@ -114,7 +114,10 @@ class SpatialAttention(nn.Module):
 
 
 class TemporalAttention(nn.Module):
-    """Every frame sees every frame at the same place. x: (b, f, s, c) with s = h * w places."""
+    """Every frame sees every frame at the same place. x: (b, f, s, c) with s = h * w places.
+
+    frames_are_images: each frame sees itself alone; of all clips, or (b,) of those that it says.
+    """
 
     def __init__(self, width, head_width):
         super().__init__()
@@ -126,11 +129,13 @@ class TemporalAttention(nn.Module):
     def forward(self, x, frames_are_images=False):
         qkv = self.qkv(self.norm(x))
         q, k, v = rearrange(qkv, "b f s (k n d) -> k (b s) n f d", k=3, n=self.heads)
-        if frames_are_images:
-            y = v  # each frame attends to itself alone: softmax over one key is 1
+        if frames_are_images is True:
+            y = v  # softmax over one key is 1
         else:
             positions = torch.arange(x.shape[1], device=x.device)
             y = attention(rotary(q, positions), rotary(k, positions), v)
+        if isinstance(frames_are_images, torch.Tensor):
+            y = torch.where(repeat(frames_are_images, "b -> (b s) 1 1 1", s=x.shape[2]), v, y)
         return x + self.out(rearrange(y, "(b s) n f d -> b f s (n d)", b=len(x)))
 
 
@@ -301,7 +306,8 @@ class UNet3D(nn.Module):
         x: noisy latents (b, c, f, h, w); t: timesteps (b,); context: encoded words (b, l,
         text_width) and context_mask (b, l), True at real tokens; fps: frames per second (b,).
         given: clean latents, the shape of x, and given_mask (b, f), True at the frames to take from
-        it (none by default). frames_are_images: no information passes between frames.
+        it (none by default). frames_are_images: no information passes between the frames of any
+        clip, or of those where a boolean tensor (b,) is True.
         Raises ValueError when h or w cannot be halved len(widths) - 1 times, or the inputs do not
         fit together.
         """

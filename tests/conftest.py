@@ -11,6 +11,20 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 torch.set_num_threads(1)  # the models are tiny: a second thread costs more than it gives
 
 
+def tiny_configs():
+    """Configs of UNet, text encoder and autoencoder for 32x32 frames and 4x4 latents."""
+    from text_encoder import TextEncoderConfig
+    from unet3d import UNet3DConfig
+    from vae import VAEConfig
+
+    unet = UNet3DConfig(
+        latent_size=4, widths=(32, 32), blocks=(1, 1), attention=(True, True), head_width=16,
+        text_width=32, embedding_width=32, groups=4,
+    )
+    text = TextEncoderConfig(context_length=100, width=32, depth=1, heads=2)
+    return unet, text, VAEConfig(widths=(16, 32, 32), groups=4)
+
+
 @pytest.fixture(scope="session")
 def tiny_pipeline():
     """A whole Pipeline, small enough to run in no time: 32x32 frames, 4x4 latents, random weights.
@@ -20,18 +34,14 @@ def tiny_pipeline():
     from data import MovingShapes
     from diffusion import DiffusionConfig, NoiseSchedule
     from sample import Pipeline
-    from text_encoder import TextEncoder, TextEncoderConfig, Tokenizer
-    from unet3d import UNet3D, UNet3DConfig
-    from vae import AutoencoderKL, VAEConfig
+    from text_encoder import TextEncoder, Tokenizer
+    from unet3d import UNet3D
+    from vae import AutoencoderKL
 
-    unet = UNet3DConfig(
-        latent_size=4, widths=(32, 32), blocks=(1, 1), attention=(True, True), head_width=16,
-        text_width=32, embedding_width=32, groups=4,
-    )
-    text = TextEncoderConfig(context_length=100, width=32, depth=1, heads=2)
+    unet, text, autoencoder = tiny_configs()
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        vae = AutoencoderKL(VAEConfig(widths=(16, 32, 32), groups=4))
+        vae = AutoencoderKL(autoencoder)
         models = TextEncoder(text), UNet3D(unet), vae
         for model in models:
             for p in model.eval().requires_grad_(False).parameters():

@@ -1,17 +1,28 @@
 """Training: exact resume, what is drawn in a step, the optimizers, and what a run leaves on disk.
 
 `run_train` calls the command in this process, with the shapes preset shrunk to a tiny model that
-goes four steps and saves after the second and the last.
+goes four steps and saves after the second and the last. `start_training` does so in another
+process, which can be killed.
 """
 
 import contextlib
+import copy
 import functools
+import importlib.machinery
+import importlib.util
 import io
+import itertools
 import json
 import math
+import multiprocessing
+import os
 import shlex
 import shutil
+import signal
+import socket
 import sys
+import time
+import types
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,6 +30,7 @@ import imageio.v3 as iio
 import numpy as np
 import pytest
 import torch
+from conftest import tiny_configs
 from torch import nn
 
 import sample
@@ -38,19 +50,24 @@ TRAINING = TrainConfig(
 )
 
 
-@pytest.fixture(scope="module")
-def preset(tiny_pipeline):
+def tiny_preset(training=TRAINING, optimizer="muon", gan_weight=0.5):
     """The shapes preset with tiny models; the autoencoder has a discriminator from the start."""
+    unet, text, autoencoder = tiny_configs()
     return replace(
         train.PRESETS["shapes"],
         size=32,
-        vae=tiny_pipeline.vae.config,
-        vae_loss=VAELossConfig(gan_weight=0.5, gan_start=0),
-        vae_training=TRAINING,
-        text=tiny_pipeline.text_encoder.config,
-        unet=tiny_pipeline.unet.config,
-        diffusion_training=replace(TRAINING, optimizer="muon"),
+        vae=autoencoder,
+        vae_loss=VAELossConfig(gan_weight=gan_weight, gan_start=0),
+        vae_training=training,
+        text=text,
+        unet=unet,
+        diffusion_training=replace(training, optimizer=optimizer),
     )
+
+
+@pytest.fixture(scope="module")
+def preset():
+    return tiny_preset()
 
 
 @contextlib.contextmanager
@@ -134,7 +151,7 @@ def test_training_starts_with_the_first_frame_and_much_noise():
     latents = torch.zeros(8, 2, 4, 1, 1)
     first = torch.tensor([True, False, False, False])
     for step, lowest, share in [(0, 950, 1), (50, 475, 0.5), (100, 0, 0), (5000, 0, 0)]:
-        _, _, _, given, t, _ = draw_batch(0, step, config, latents, schedule)
+        _, _, _, given, t, _, _ = draw_batch(0, step, config, latents, schedule)
         spacing = (1000 - lowest) / 64  # one timestep from each of 64 equal intervals
         assert lowest <= t.min() < lowest + spacing + 1 and 1000 - spacing - 1 <= t.max() < 1000
         easy = (given == first).all(1)
@@ -150,11 +167,11 @@ def interrupt(preset, arguments, at):
     """Start a run and break it off in its update number `at`, counted from 1."""
     update, calls = Run.update, []
 
-    def update_or_stop(self, loss):
+    def update_or_stop(self, loss, *batch):
         calls.append(loss)
         if len(calls) == at:
             raise KeyboardInterrupt
-        return update(self, loss)
+        return update(self, loss, *batch)
 
     with patched((Run, "update", update_or_stop)), pytest.raises(KeyboardInterrupt):
         run_train(preset, *arguments)
@@ -164,9 +181,9 @@ def count_updates(preset, *arguments):
     """Run to the end: how many steps were made?"""
     update, calls = Run.update, []
 
-    def counting(self, loss):
+    def counting(self, loss, *batch):
         calls.append(loss)
-        return update(self, loss)
+        return update(self, loss, *batch)
 
     with patched((Run, "update", counting)):
         run_train(preset, *arguments)
@@ -215,7 +232,7 @@ def test_tokens_stay_the_same_when_a_resumed_run_sees_other_captions(preset, cop
 @pytest.mark.parametrize("arguments, message", [
     (["diffusion"], "add --resume"),
     (["vae"], "choose another --out"),
-    (["vae", "--resume"], "diffusion stage"),
+    (["vae", "--resume"], "no vae run"),
     (["diffusion", "--resume", "--seed", 1], "--seed 0"),
     (["diffusion", "--resume", "--preset", "ucf101"], "--preset shapes"),
 ])
@@ -247,20 +264,419 @@ def test_a_user_error_is_one_line_and_status_2(preset, tmp_path, capsys):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_ctrl_c_says_how_to_go_on(preset, copied, tmp_path, capsys):
-    def stop(*_):
-        raise KeyboardInterrupt
+# ------------------------------------------------------------------------------ killed processes
 
-    def interrupted(*arguments):
-        with patched((Run, "update", stop)), pytest.raises(SystemExit) as status:
-            run_command(lambda: run_train(preset, *arguments))
-        assert status.value.code == 130
-        return capsys.readouterr().err
+# Log lines between checkpoints, and checkpoints between log lines.
+NINE_STEPS = tiny_preset(replace(TRAINING, steps=9, log_every=4))
+posix = pytest.mark.skipif(os.name != "posix", reason="signals as on Unix")
 
-    more = ("--resume", "--steps", 6)
-    assert "--resume" in interrupted("diffusion", "--out", copied, *more)
-    # Before the first checkpoint there is nothing to resume.
-    assert "--resume" not in interrupted("vae", "--out", tmp_path / "new")
+
+def train_in_process(preset, arguments, messages, kill_at, interrupt_at, environment):
+    """What a process of `start_training` does."""
+    os.environ.update(environment)
+    torch.set_num_threads(1)
+    sys.stderr = open(messages, "w", buffering=1)
+    train.PROMPTS = train.PROMPTS[:1]
+    replace_file, write_log, writes = os.replace, Run.log, itertools.count(1)
+
+    def replace_or_die(source, target):
+        """Dies between the writing of a file and its renaming, or right after that."""
+        last = next(writes) == kill_at
+        if last and kill_at % 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        replace_file(source, target)
+        if last:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def log_or_interrupt(self, step, values):
+        write_log(self, step, values)
+        if step + 1 == interrupt_at:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    os.replace, Run.log = replace_or_die, log_or_interrupt
+    run_command(lambda: run_train(preset, *arguments))
+
+
+def start_training(
+    preset, *arguments, messages=os.devnull, kill_at=None, interrupt_at=None, environment=()
+):
+    """`python train.py ARGUMENTS` in a process of its own. kill_at: kills itself at this write of a
+    file, counted from 1; interrupt_at: presses Ctrl-C after this step."""
+    context = multiprocessing.get_context("forkserver")  # imports torch once for all of them
+    context.set_forkserver_preload(["test_train"])
+    arguments = (preset, arguments, messages, kill_at, interrupt_at, dict(environment))
+    process = context.Process(target=train_in_process, args=arguments)
+    process.start()
+    return process
+
+
+def finish_training(*arguments, **options):
+    process = start_training(*arguments, **options)
+    process.join()
+    return process.exitcode
+
+
+def go_on(stage, out):
+    """The command that starts or resumes a run, whichever it takes."""
+    return (stage, "--out", out, *(["--resume"] if train.begun_stage(out) == stage else []))
+
+
+def assert_same_run(ours, theirs):
+    """The same files with the same content, but for the time."""
+    files = {p.relative_to(theirs) for p in theirs.rglob("*") if p.is_file()}
+    assert {p.relative_to(ours) for p in ours.rglob("*") if p.is_file()} == files
+    for file in files - {Path("config.json")}:
+        if file.suffix == ".pt":
+            assert differences(load(ours / file), load(theirs / file)) == [], file
+        elif file.name == "log.jsonl":
+            a, b = ([json.loads(x) for x in (out / file).open()] for out in (ours, theirs))
+            for line in a + b:
+                line.pop("per_second", None)
+            assert a == b
+        else:
+            assert (ours / file).read_bytes() == (theirs / file).read_bytes(), file
+
+
+@pytest.fixture(scope="module")
+def unharmed(finished, tmp_path_factory):
+    """For each stage the folder of a run of nine steps that nothing has happened to, and how many
+    seconds it took."""
+    runs = {}
+    for stage in ("vae", "diffusion"):
+        out = tmp_path_factory.mktemp("unharmed")
+        if stage == "diffusion":
+            shutil.copy(finished / "vae.pt", out)
+        begin = time.time()
+        assert finish_training(NINE_STEPS, stage, "--out", out) == 0
+        runs[stage] = out, time.time() - begin
+    return runs
+
+
+@posix
+@pytest.mark.parametrize("stage", ["vae", "diffusion"])
+def test_killed_at_random_moments_and_resumed(unharmed, finished, tmp_path, stage):
+    whole, seconds = unharmed[stage]
+    if stage == "diffusion":
+        shutil.copy(finished / "vae.pt", tmp_path)
+    for _ in range(4):
+        process = start_training(NINE_STEPS, *go_on(stage, tmp_path))
+        delay = np.random.default_rng().uniform(0, seconds)
+        process.join(delay)
+        process.kill()
+        process.join()
+        print(f"killed after {delay} s")  # shown where the test fails
+    assert finish_training(NINE_STEPS, *go_on(stage, tmp_path)) == 0
+    assert_same_run(tmp_path, whole)
+
+
+@posix
+def test_killed_at_every_write_in_turn(unharmed, finished, tmp_path):
+    """Each process comes one file further than the one before it."""
+    shutil.copy(finished / "vae.pt", tmp_path)
+    steps = [0]
+    for number in itertools.count(1):
+        command = go_on("diffusion", tmp_path)
+        code = finish_training(NINE_STEPS, *command, kill_at=number)
+        if (tmp_path / "last.pt").is_file():
+            load(tmp_path / "model.pt")
+            steps.append(load(tmp_path / "last.pt")["step"])
+        if code == 0:
+            break
+        assert code == -signal.SIGKILL
+    assert number > 6 and steps == sorted(steps) and steps[-1] == 9
+    assert_same_run(tmp_path, unharmed["diffusion"][0])
+
+
+@posix
+def test_ctrl_c_saves_and_says_how_to_go_on(unharmed, finished, tmp_path):
+    messages, out = tmp_path / "messages", tmp_path / "out"
+    out.mkdir()
+    shutil.copy(finished / "vae.pt", out)
+    command = ("diffusion", "--out", out)
+    code = finish_training(NINE_STEPS, *command, messages=messages, interrupt_at=6)
+    assert code == 130 and "the same command with --resume goes on" in messages.read_text()
+    assert load(out / "last.pt")["step"] == 7  # the step after that was the last
+    assert finish_training(NINE_STEPS, *command, "--resume") == 0
+    assert_same_run(out, unharmed["diffusion"][0])
+
+
+def test_a_run_without_a_checkpoint_begins_again(preset, finished, tmp_path):
+    """With --resume as well as without it."""
+    shutil.copy(finished / "vae.pt", tmp_path)
+    for resume in ([], ["--resume"], []):
+        interrupt(preset, ("diffusion", "--out", tmp_path, *resume), at=2)
+    assert not (tmp_path / "last.pt").exists()
+    assert count_updates(preset, "diffusion", "--out", tmp_path, "--resume") == 4
+
+
+# ------------------------------------------------------------------------------ several processes
+
+
+def train_together(preset, *arguments, interrupt_first=None, interrupt_second=None):
+    """What `torchrun --nproc_per_node=2 train.py ARGUMENTS` starts. Returns both exit codes."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    workers = [
+        start_training(preset, *arguments, interrupt_at=at, environment=common | {
+            "RANK": str(rank), "LOCAL_RANK": str(rank)
+        })
+        for rank, at in enumerate((interrupt_first, interrupt_second))
+    ]
+    for worker in workers:
+        worker.join(120)
+        worker.kill()
+    return [worker.exitcode for worker in workers]
+
+
+@posix
+@pytest.mark.parametrize("parts", [1, 2])
+def test_two_processes_train_like_one(finished, tmp_path, parts):
+    """On batches of 5, which neither 2 processes nor 4 parts divide evenly."""
+    preset = tiny_preset(replace(TRAINING, batch_size=5), optimizer="adamw")
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        shutil.copy(finished / "vae.pt", tmp_path / name)
+    run_train(preset, "diffusion", "--out", tmp_path / "one")
+    more = ("--grad-accum", parts)
+    assert train_together(preset, "diffusion", "--out", tmp_path / "two", *more) == [0, 0]
+    one, two = log(tmp_path / "one"), log(tmp_path / "two")
+    assert len(one) == len(two) == 4
+    for a, b in zip(one, two):
+        assert b == {k: pytest.approx(v, rel=1e-4) if k in ("loss", "grad") else v
+                     for k, v in a.items()}
+    ours, theirs = (load(tmp_path / name / "last.pt")["models"]["ema"] for name in ("one", "two"))
+    assert all(torch.allclose(ours[k], theirs[k], atol=1e-4) for k in ours)
+
+
+@posix
+def test_ctrl_c_in_any_process_stops_all_in_the_same_step(finished, tmp_path):
+    shutil.copy(finished / "vae.pt", tmp_path)
+    command = ("diffusion", "--out", tmp_path)
+    assert train_together(NINE_STEPS, *command, interrupt_second=4) == [130, 130]
+    assert load(tmp_path / "last.pt")["step"] == 5
+    assert train_together(NINE_STEPS, *command, "--resume") == [0, 0]
+    assert [line["step"] for line in log(tmp_path)] == [4, 8, 9]
+
+
+# ------------------------------------------------------------------------------ options
+
+
+def test_parts_of_a_batch_add_up_to_its_gradient():
+    torch.manual_seed(0)
+    model, x = nn.Linear(3, 2), torch.randn(7, 3)
+    gradients = []
+    for parts in (1, 3, 7):
+        arguments = train.parse_args(["vae", "--out", "x", "--grad-accum", str(parts)])
+        training = replace(TRAINING, batch_size=7, lr=0.0, grad_clip=1e9)
+        run, sizes = Run(arguments, "vae", training, {"vae": model}), []
+
+        def loss(x):
+            sizes.append(len(x))
+            scalar = model(x).square().mean()
+            return scalar, {"loss": scalar.item()}
+
+        values = run.update(loss, x)
+        assert sum(sizes) == 7 and len(sizes) == parts
+        gradients.append((model.weight.grad.clone(), values))
+    for gradient, values in gradients[1:]:
+        torch.testing.assert_close(gradient, gradients[0][0])
+        assert values == pytest.approx(gradients[0][1])
+    with pytest.raises(UserError, match="cannot be divided into 7 parts"):
+        Run(arguments, "vae", replace(TRAINING, batch_size=6), {"vae": model})
+
+
+@pytest.mark.parametrize("stage", ["vae", "diffusion"])
+def test_grad_accum_gives_the_same_training(finished, tmp_path, stage):
+    preset = tiny_preset(optimizer="adamw", gan_weight=0)
+    for name, parts in (("one", 1), ("three", 3)):
+        out = tmp_path / name
+        out.mkdir()
+        shutil.copy(finished / "vae.pt", out)
+        run_train(preset, stage, "--out", out, "--grad-accum", parts)
+    for a, b in zip(log(tmp_path / "one"), log(tmp_path / "three"), strict=True):
+        assert b["loss"] == pytest.approx(a["loss"], rel=1e-4)
+        assert b["grad"] == pytest.approx(a["grad"], rel=1e-3)
+
+
+def test_grad_checkpoint_gives_the_same_gradients_in_less_memory(tiny_pipeline):
+    def gradients(arguments):
+        """Of UNet and autoencoder, and the bytes that autograd kept for them."""
+        models = copy_trainable(tiny_pipeline.unet), copy_trainable(tiny_pipeline.vae)
+        train.economize(train.parse_args(["vae", "--out", "x", *arguments]), *models)
+        torch.manual_seed(0)
+        x, context = torch.randn(2, 4, 16, 4, 4), torch.randn(2, 5, 32)
+        mask, kept = torch.ones(2, 5, dtype=torch.bool), []
+
+        def keep(tensor):
+            kept.append(tensor.nbytes)
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            t, fps = torch.tensor([3, 900]), torch.tensor([8.0, 12.0])
+            y = models[0](x, t, context, mask, fps).square().mean()
+            frames = models[1].decode(models[1].encode(torch.randn(4, 3, 32, 32)).mean)
+            loss = y + frames.square().mean()
+        loss.backward()
+        return [p.grad for model in models for p in model.parameters()], sum(kept)
+
+    plain, memory = gradients([])
+    again, less = gradients(["--grad-checkpoint"])
+    assert all(torch.equal(a, b) for a, b in zip(plain, again, strict=True) if a is not None)
+    assert any(a.any() for a in again) and less < memory / 3
+
+
+def copy_trainable(model):
+    return copy.deepcopy(model).requires_grad_(True).train()
+
+
+@pytest.mark.parametrize("stage", ["vae", "diffusion"])
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_precision_is_that_of_the_products(preset, finished, tmp_path, stage, precision):
+    shutil.copy(finished / "vae.pt", tmp_path)
+    kinds, convolution = set(), nn.Conv2d.forward
+
+    def convolve(self, x):
+        y = convolution(self, x)
+        if torch.is_grad_enabled():
+            kinds.add(y.dtype)
+        return y
+
+    more = ("--steps", 1, "--precision", precision)
+    with patched((nn.Conv2d, "forward", convolve)):
+        run_train(preset, stage, "--out", tmp_path, *more)
+    assert kinds == {torch.bfloat16 if precision == "bf16" else torch.float32}
+    state = load(tmp_path / "last.pt")["models"]
+    assert all(v.dtype == torch.float32 for model in state.values() for v in model.values())
+
+
+def test_ema_0_keeps_the_last_weights(preset, finished, tmp_path):
+    shutil.copy(finished / "vae.pt", tmp_path)
+    run_train(preset, "diffusion", "--out", tmp_path, "--ema", 0)
+    state = load(tmp_path / "last.pt")["models"]
+    assert differences(state["ema"], state["model"]) == []
+
+
+def test_tensorboard_shows_the_log(preset, finished, tmp_path):
+    shutil.copy(finished / "vae.pt", tmp_path)
+    shown, module = [], types.ModuleType("torch.utils.tensorboard")
+
+    class SummaryWriter:
+        def __init__(self, folder, purge_step):
+            assert folder == tmp_path / "tensorboard"
+            shown.append(("purged", None, purge_step))
+
+        def add_scalar(self, name, value, step):
+            shown.append((name, value, step))
+
+    module.SummaryWriter, package = SummaryWriter, types.ModuleType("tensorboard")
+    package.__spec__ = importlib.machinery.ModuleSpec("tensorboard", None)
+    with patched() as patch:
+        patch.setitem(sys.modules, "tensorboard", package)
+        patch.setitem(sys.modules, "torch.utils.tensorboard", module)
+        command = ("diffusion", "--out", tmp_path, "--tensorboard")
+        interrupt(preset, command, at=4)
+        run_train(preset, *command, "--resume")
+    assert [step for name, _, step in shown if name == "purged"] == [1, 3]
+    losses = [(value, step) for name, value, step in shown if name == "diffusion/loss"]
+    repeated = [(x["loss"], x["step"]) for x in log(tmp_path)]
+    assert losses == repeated[:3] + repeated[2:]
+
+
+def test_tensorboard_without_the_package_is_refused(preset, tmp_path):
+    with patched((importlib.util, "find_spec", lambda name: None)):
+        with pytest.raises(UserError, match="pip install tensorboard"):
+            run_train(preset, "vae", "--out", tmp_path / "out", "--tensorboard")
+    assert not (tmp_path / "out").exists()
+
+
+def test_compile_is_for_gpus(preset, tmp_path):
+    with pytest.raises(UserError, match="--compile is for CUDA"):
+        run_train(preset, "vae", "--out", tmp_path / "out", "--compile", "--device", "cpu")
+    compiled = []
+    model, arguments = nn.Linear(2, 2), train.parse_args(["vae", "--out", "x", "--compile"])
+    with patched((nn.Module, "compile", lambda self: compiled.append(self))):
+        train.economize(arguments, model)
+    assert compiled == [model]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_a_compiled_model_trains(preset, finished, tmp_path):
+    for more in ([], ["--compile"]):
+        out = tmp_path / f"out{len(more)}"
+        out.mkdir()
+        shutil.copy(finished / "vae.pt", out)
+        run_train(preset, "diffusion", "--out", out, "--device", "cuda", *more)
+    losses = [[x["loss"] for x in log(tmp_path / f"out{i}")] for i in (0, 1)]
+    assert losses[0] == pytest.approx(losses[1], rel=0.02)
+
+
+@pytest.mark.parametrize("option", ["--ema", "--image-fraction"])
+def test_options_of_the_diffusion_stage_are_refused_for_the_other(preset, tmp_path, option):
+    with pytest.raises(UserError, match=f"{option} is for python train.py diffusion"):
+        run_train(preset, "vae", "--out", tmp_path / "out", option, 0.5)
+
+
+def full_memory_of_the_gpu(*_):
+    raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 EiB")
+
+
+@pytest.mark.parametrize("arguments, advice", [
+    ([], "--grad-accum 2 (the same result, in more parts), --grad-checkpoint, --precision bf16 or"),
+    (["--grad-accum", 2, "--grad-checkpoint", "--precision", "bf16"], "--grad-accum 4"),
+])
+@pytest.mark.parametrize("fill", [full_memory_of_the_gpu, lambda *_, **__: torch.empty(2**60)])
+def test_a_full_memory_says_which_options_help(preset, copied, fill, arguments, advice):
+    command = ("diffusion", "--out", copied, "--resume", "--steps", 6, *arguments)
+    with patched((UNet3D, "forward", fill)), pytest.raises(UserError) as error:
+        run_train(preset, *command)
+    assert advice in str(error.value) and "smaller --batch-size" in str(error.value)
+    for name in ("--grad-checkpoint", "--precision bf16"):
+        assert (name in str(error.value)) == (not arguments)
+
+
+def test_other_errors_are_not_taken_for_a_full_memory(preset, copied):
+    def fail(*_):
+        raise RuntimeError("a size of 3 is not one of 4")
+
+    with patched((UNet3D, "forward", fail)), pytest.raises(RuntimeError, match="not one"):
+        run_train(preset, "diffusion", "--out", copied, "--resume", "--steps", 6)
+
+
+def test_single_pictures_are_their_share_and_given_nothing():
+    config = replace(TRAINING, batch_size=500, image_fraction=0.3, text_only=0.0)
+    schedule, latents = NoiseSchedule(DiffusionConfig()), torch.zeros(8, 2, 4, 1, 1)
+    *_, given, _, _, images = draw_batch(0, 3, config, latents, schedule)
+    assert abs(images.float().mean() - 0.3) < 0.07
+    assert not given[images].any() and given[~images].any(1).all()
+    without = draw_batch(0, 3, replace(config, image_fraction=0.0), latents, schedule)
+    assert not without[-1].any()
+    drawn = draw_batch(0, 3, config, latents, schedule)
+    for i in (0, 1, 2, 4, 5):  # all else is drawn as it would have been
+        assert torch.equal(without[i], drawn[i])
+
+
+def test_image_fraction_closes_temporal_attention_for_its_clips(preset, finished, tmp_path):
+    shutil.copy(finished / "vae.pt", tmp_path)
+    seen, forward = [], UNet3D.forward
+
+    def watch(self, *arguments):
+        if torch.is_grad_enabled():
+            seen.append(arguments[-1])
+        return forward(self, *arguments)
+
+    with patched((UNet3D, "forward", watch)):
+        run_train(preset, "diffusion", "--out", tmp_path, "--image-fraction", 0.5)
+    schedule, latents = NoiseSchedule(preset.diffusion), torch.zeros(TRAINING.videos, 4, 16, 4, 4)
+    config = replace(TRAINING, image_fraction=0.5)
+    expected = [draw_batch(0, step, config, latents, schedule)[-1] for step in range(4)]
+    assert any(e.any() and not e.all() for e in expected)
+    for images, e in zip(seen, expected, strict=True):
+        assert torch.equal(images, e) if e.any() else images is False
+
+
+# ------------------------------------------------------------------------------ logs
 
 
 def test_the_vae_log_has_the_held_out_psnr(finished):
@@ -309,7 +725,7 @@ def test_the_log_holds_means_over_the_steps_since_the_last_line(preset, tmp_path
     run = Run(arguments, "vae", replace(TRAINING, steps=5, log_every=3), {"m": nn.Linear(2, 2)})
     run.prepare()
     for step in run.steps():
-        run.log(step, loss=10.0**step)
+        run.log(step, {"loss": 10.0**step})
     assert [(x["step"], x["loss"]) for x in log(tmp_path)] == [(3, 37.0), (5, 5500.0)]
 
 
@@ -638,8 +1054,9 @@ def drawn(preset, finished, tmp_path_factory):
         steps.append({"tokens": tokens, "mask": mask})
         return encode_text(self, tokens, mask)
 
-    def unet(self, x, t, context, context_mask, fps, given, given_mask):
+    def unet(self, x, t, context, context_mask, fps, given, given_mask, frames_are_images):
         steps[-1] |= {"fps": fps, "given": given, "given_mask": given_mask}
+        assert frames_are_images is False
         return x
 
     def loss(model, schedule, x_start, t, noise, keep):
@@ -852,27 +1269,21 @@ def test_every_parameter_has_one_optimizer(preset, name):
             assert all(p.ndim > 1 for p in optimizers["muon"].param_groups[0]["params"])
 
 
-def test_the_discriminator_learns_in_its_own_step_only(preset, tmp_path):
-    """Each of the two updates moves its own network and leaves the other one as it is."""
-    updates = {name: getattr(Run, name) for name in ("update", "update_discriminator")}
-    moved = []
+def test_the_discriminator_and_the_autoencoder_do_not_move_each_other(preset, tmp_path):
+    """Although one backward pass serves both losses."""
+    def trained(name, loss):
+        run_train(replace(preset, vae_loss=loss), "vae", "--out", tmp_path / name, "--steps", 1)
+        return load(tmp_path / name / "last.pt")["models"]
 
-    def weights(model):
-        return torch.cat([p.detach().flatten() for p in model.parameters()])
-
-    def watched(name):
-        def update(self, loss):
-            models = self.models["vae"], self.models["discriminator"]
-            before = [weights(m) for m in models]
-            result = updates[name](self, loss)
-            moved.append(tuple(not torch.equal(b, weights(m)) for b, m in zip(before, models)))
-            return result
-        return update
-
-    with patched(*((Run, name, watched(name)) for name in updates)):
-        run_train(preset, "vae", "--out", tmp_path, "--steps", 2)
-    assert moved == [(True, False), (False, True)] * 2
-    assert all(line["gan"] != 0 and line["discriminator"] > 0 for line in log(tmp_path))
+    both = trained("both", preset.vae_loss)
+    no_opinion = trained("no opinion", replace(preset.vae_loss, gan_start=8))  # of 4 steps: 2 of 1
+    judge = vae.VAELoss.discriminator_loss
+    with patched((vae.VAELoss, "discriminator_loss", lambda *batch: 0 * judge(*batch))):
+        no_lesson = trained("no lesson", preset.vae_loss)
+    assert differences(both["vae"], no_lesson["vae"]) == []
+    assert differences(both["discriminator"], no_opinion["discriminator"]) == []
+    assert differences(both["vae"], no_opinion["vae"])
+    assert differences(both["discriminator"], no_lesson["discriminator"])
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(preset, copied):
@@ -896,7 +1307,7 @@ def test_a_gradient_that_is_not_finite_moves_nothing(tmp_path, loss):
     before = model.weight.detach().clone()
     run = Run(train.parse_args(["vae", "--out", str(tmp_path)]), "vae", TRAINING, {"vae": model})
     with pytest.raises(UserError):
-        run.update(loss(model.weight))
+        run.update(lambda x: (loss(model.weight), {}), torch.zeros(1))
     assert torch.equal(model.weight, before)
 
 
@@ -905,17 +1316,31 @@ def test_a_discriminator_that_is_not_finite_stops_the_run_too(tmp_path):
     before, arguments = judge.weight.detach().clone(), train.parse_args(["vae", "--out", "x"])
     run = Run(arguments, "vae", TRAINING, {"vae": model}, judge)
     with pytest.raises(UserError, match="not finite"):
-        run.update_discriminator(judge.weight.sum() * math.nan)
+        run.update(lambda x: (model(x).sum() + judge(x).sum() * math.nan, {}), torch.ones(1, 2))
     assert torch.equal(judge.weight, before)
 
 
 def test_long_gradients_are_clipped(tmp_path):
     model = nn.Linear(2, 2)
     run = Run(train.parse_args(["vae", "--out", str(tmp_path)]), "vae", TRAINING, {"vae": model})
-    norm = run.update(1000 * model.weight.sum())
-    assert norm == pytest.approx(2000)  # reported as it was
+    values = run.update(lambda x: (1000 * model.weight.sum(), {}), torch.zeros(1))
+    assert values == {"grad": pytest.approx(2000)}  # reported as it was
     total = math.sqrt(sum(p.grad.square().sum() for p in model.parameters() if p.grad is not None))
     assert total == pytest.approx(TRAINING.grad_clip, rel=1e-3)
+
+
+def test_weights_that_are_not_finite_are_not_saved(preset, finished, copied):
+    """Where the last step before a checkpoint ruins them, the one before it stays."""
+    before, update = {p: p.read_bytes() for p in copied.glob("*.pt")}, Run.update
+
+    def ruin(self, loss, *batch):
+        values = update(self, loss, *batch)
+        self.parameters[0].data.fill_(math.inf)
+        return values
+
+    with patched((Run, "update", ruin)), pytest.raises(UserError, match="--resume and a lower"):
+        run_train(preset, "diffusion", "--out", copied, "--resume", "--steps", 5)
+    assert {p: p.read_bytes() for p in copied.glob("*.pt")} == before
 
 
 # ------------------------------------------------------------------------------ presets

@@ -139,6 +139,8 @@ def test_temporal_attention_knows_the_order_of_frames(monkeypatch):
     assert (layer(x[:, order]) - y[:, order]).abs().max() > 1e-3
     alone = torch.cat([layer(x[:, i : i + 1]) for i in range(4)], dim=1)
     torch.testing.assert_close(layer(x, frames_are_images=True), alone)
+    mixed = layer(x, frames_are_images=torch.tensor([True, False]))
+    torch.testing.assert_close(mixed, torch.stack([alone[0], y[1]]))
     # Only differences of positions count: a clip may start anywhere.
     monkeypatch.setattr(unet3d, "rotary", lambda x, positions: rotary(x, positions + 7))
     torch.testing.assert_close(layer(x), y, rtol=1e-4, atol=1e-4)
@@ -212,6 +214,8 @@ def test_image_frames_never_leak(unet, frame):
     others = [i for i in range(3) if i != frame]
     assert (strength[:, frame] > 0).all() and not strength[:, others].any()  # exactly zero
     assert (reach(unet, frame, frames_are_images=False) > 1e-4).all()
+    strength = reach(unet, frame, frames_are_images=torch.tensor([True, False]))
+    assert not strength[0, others].any() and (strength[1] > 1e-4).all()
 
 
 def test_given_frames_are_seen(unet):
