@@ -7,8 +7,8 @@
 
 A run folder holds `config.json`, `log.jsonl` (one JSON object per logged step), `vae.pt`, `last.pt`
 (the whole training state, for --resume), `model.pt` (self-contained: what sample.py takes),
-`latents.bin` and `latents.json` (the encoded data set), `skipped.txt` (unusable videos) and
-`samples/`.
+`latents.bin` and `latents.json` (the encoded data set), `skipped.txt` (unusable videos), `samples/`
+and, with --tensorboard, `tensorboard/`.
 
 Every random draw of step n comes from a generator seeded by (seed, n). So a resumed run sees the
 very batches, noise and masks that an uninterrupted one would have seen, and no random state needs
@@ -235,22 +235,21 @@ def make_optimizers(model, config):
 # the first one alone writes files and messages. Without torchrun there is only the first one.
 
 
-def processes():
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def process():
-    """The number of this process; the first one is 0."""
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
 def join_processes(device):
-    if "LOCAL_RANK" in os.environ:
+    if "LOCAL_RANK" in os.environ:  # set by torchrun
         if device.type == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         # The others wait for as long as the first one encodes the data set.
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(days=1))
+
+
+def processes():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def process():
+    return dist.get_rank() if dist.is_initialized() else 0  # the first one
 
 
 @contextlib.contextmanager
@@ -334,7 +333,8 @@ class Run:
         if self.args.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            self.writer = SummaryWriter(self.out / "tensorboard", purge_step=self.start + 1)
+            folder = self.out / "tensorboard" / self.stage
+            self.writer = SummaryWriter(folder, purge_step=self.start + 1)
         try:
             (self.out / "samples").mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -458,7 +458,8 @@ class Run:
             file.write(json.dumps({"stage": self.stage, "step": step + 1, **values}) + "\n")
         if self.writer is not None:
             for name, value in values.items():
-                self.writer.add_scalar(f"{self.stage}/{name}", value, step + 1)
+                self.writer.add_scalar(name, value, step + 1)
+            self.writer.flush()
 
     def due(self, step):
         """Is it time for sample pictures and a checkpoint after this step?"""
@@ -978,7 +979,7 @@ def parse_args(argv=None):
     group.add_argument("--videos", type=number(int, 1, 10**9), help="size of the procedural data")
     group.add_argument(
         "--ema", type=number(float, 0, 1), metavar="DECAY",
-        help="of the averaged weights that are sampled from; 0 keeps the last ones",
+        help="decay of the averaged weights that are sampled from; 0 takes the last ones",
     )
     group.add_argument(
         "--image-fraction", type=number(float, 0, 1), metavar="P",
@@ -1003,7 +1004,7 @@ def add_memory_options(group):
     )
     group.add_argument(
         "--precision", choices=["bf16", "fp32"],
-        help="of matrix products in training (bf16 where the hardware is made for it)",
+        help="number format of matrix products in training (bf16 where the hardware has them)",
     )
     group.add_argument(
         "--compile", action="store_true", help="translate the model with torch.compile (CUDA)"

@@ -267,7 +267,7 @@ def test_a_user_error_is_one_line_and_status_2(preset, tmp_path, capsys):
 # ------------------------------------------------------------------------------ killed processes
 
 # Log lines between checkpoints, and checkpoints between log lines.
-NINE_STEPS = tiny_preset(replace(TRAINING, steps=9, log_every=4))
+NINE_STEPS = tiny_preset(replace(TRAINING, steps=9, log_every=4, save_every=3))
 posix = pytest.mark.skipif(os.name != "posix", reason="signals as on Unix")
 
 
@@ -277,23 +277,33 @@ def train_in_process(preset, arguments, messages, kill_at, interrupt_at, environ
     torch.set_num_threads(1)
     sys.stderr = open(messages, "w", buffering=1)
     train.PROMPTS = train.PROMPTS[:1]
-    replace_file, write_log, writes = os.replace, Run.log, itertools.count(1)
+    sample.Pipeline.generate = functools.partialmethod(sample.Pipeline.generate, steps=1)
+    torch_save, replace_file, write_log, writes = torch.save, os.replace, Run.log, 0
+
+    def die():
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def save_half(checkpoint, path):
+        torch_save(checkpoint, path)
+        if writes + 1 == kill_at and kill_at % 2:
+            os.truncate(path, os.path.getsize(path) // 2)
+            die()
 
     def replace_or_die(source, target):
-        """Dies between the writing of a file and its renaming, or right after that."""
-        last = next(writes) == kill_at
-        if last and kill_at % 2:
-            os.kill(os.getpid(), signal.SIGKILL)
+        nonlocal writes
+        writes += 1
+        if writes == kill_at and kill_at % 2:
+            die()
         replace_file(source, target)
-        if last:
-            os.kill(os.getpid(), signal.SIGKILL)
+        if writes == kill_at:
+            die()
 
     def log_or_interrupt(self, step, values):
         write_log(self, step, values)
         if step + 1 == interrupt_at:
             os.kill(os.getpid(), signal.SIGINT)
 
-    os.replace, Run.log = replace_or_die, log_or_interrupt
+    torch.save, os.replace, Run.log = save_half, replace_or_die, log_or_interrupt
     run_command(lambda: run_train(preset, *arguments))
 
 
@@ -301,9 +311,10 @@ def start_training(
     preset, *arguments, messages=os.devnull, kill_at=None, interrupt_at=None, environment=()
 ):
     """`python train.py ARGUMENTS` in a process of its own. kill_at: kills itself at this write of a
-    file, counted from 1; interrupt_at: presses Ctrl-C after this step."""
+    file, counted from 1: halfway through an odd one, right after an even one; interrupt_at: presses
+    Ctrl-C after this step."""
     context = multiprocessing.get_context("forkserver")  # imports torch once for all of them
-    context.set_forkserver_preload(["test_train"])
+    context.set_forkserver_preload(["test_train", "torch._dynamo"])  # optimizers import the latter
     arguments = (preset, arguments, messages, kill_at, interrupt_at, dict(environment))
     process = context.Process(target=train_in_process, args=arguments)
     process.start()
@@ -353,12 +364,12 @@ def unharmed(finished, tmp_path_factory):
 
 
 @posix
-@pytest.mark.parametrize("stage", ["vae", "diffusion"])
-def test_killed_at_random_moments_and_resumed(unharmed, finished, tmp_path, stage):
+@pytest.mark.parametrize("stage, kills", [("vae", 2), ("diffusion", 5)])
+def test_killed_at_random_moments_and_resumed(unharmed, finished, tmp_path, stage, kills):
     whole, seconds = unharmed[stage]
     if stage == "diffusion":
         shutil.copy(finished / "vae.pt", tmp_path)
-    for _ in range(4):
+    for _ in range(kills):
         process = start_training(NINE_STEPS, *go_on(stage, tmp_path))
         delay = np.random.default_rng().uniform(0, seconds)
         process.join(delay)
@@ -393,9 +404,9 @@ def test_ctrl_c_saves_and_says_how_to_go_on(unharmed, finished, tmp_path):
     out.mkdir()
     shutil.copy(finished / "vae.pt", out)
     command = ("diffusion", "--out", out)
-    code = finish_training(NINE_STEPS, *command, messages=messages, interrupt_at=6)
+    code = finish_training(NINE_STEPS, *command, messages=messages, interrupt_at=7)
     assert code == 130 and "the same command with --resume goes on" in messages.read_text()
-    assert load(out / "last.pt")["step"] == 7  # the step after that was the last
+    assert load(out / "last.pt")["step"] == 8  # the step after that was the last
     assert finish_training(NINE_STEPS, *command, "--resume") == 0
     assert_same_run(out, unharmed["diffusion"][0])
 
@@ -564,11 +575,14 @@ def test_tensorboard_shows_the_log(preset, finished, tmp_path):
 
     class SummaryWriter:
         def __init__(self, folder, purge_step):
-            assert folder == tmp_path / "tensorboard"
+            assert folder == tmp_path / "tensorboard" / "diffusion"
             shown.append(("purged", None, purge_step))
 
         def add_scalar(self, name, value, step):
             shown.append((name, value, step))
+
+        def flush(self):
+            pass
 
     module.SummaryWriter, package = SummaryWriter, types.ModuleType("tensorboard")
     package.__spec__ = importlib.machinery.ModuleSpec("tensorboard", None)
@@ -579,7 +593,7 @@ def test_tensorboard_shows_the_log(preset, finished, tmp_path):
         interrupt(preset, command, at=4)
         run_train(preset, *command, "--resume")
     assert [step for name, _, step in shown if name == "purged"] == [1, 3]
-    losses = [(value, step) for name, value, step in shown if name == "diffusion/loss"]
+    losses = [(value, step) for name, value, step in shown if name == "loss"]
     repeated = [(x["loss"], x["step"]) for x in log(tmp_path)]
     assert losses == repeated[:3] + repeated[2:]
 
@@ -1372,10 +1386,12 @@ def test_the_parts_of_a_preset_fit_together(name):
 
 
 def test_the_command_line_replaces_the_preset_of_its_own_stage():
-    arguments = "diffusion --out x --steps 7 --batch-size 3 --lr 0 --videos 5".split()
+    arguments = "diffusion --out x --steps 7 --batch-size 3 --lr 0 --videos 5 --ema 0.9".split()
+    arguments += ["--image-fraction", "0.2"]
     preset, changed = train.PRESETS["shapes"], train.configure(train.parse_args(arguments))
     assert changed.vae_training == preset.vae_training
-    expected = replace(preset.diffusion_training, steps=7, batch_size=3, lr=0.0, videos=5)
+    expected = replace(preset.diffusion_training, steps=7, batch_size=3, lr=0.0, videos=5, ema=0.9,
+                       image_fraction=0.2)
     assert changed.diffusion_training == expected
     with pytest.raises(SystemExit) as stop:
         train.parse_args(["--help"])
