@@ -267,7 +267,7 @@ def data_parallel(loss, model):
         return loss
     step = nn.Module()  # DistributedDataParallel wants the parameters and the function in one
     step.model, step.forward = model, loss
-    return nn.parallel.DistributedDataParallel(step, broadcast_buffers=False)
+    return nn.parallel.DistributedDataParallel(step)
 
 
 def sum_over_processes(values):
