@@ -581,7 +581,7 @@ def files(tmp_path_factory):
     ("--video @/text.png", "text.png"),
     ("--video @/folder.png", "folder.png"),
     ("--video @/sound.wav", "sound.wav: there is no video"),
-    ("--video @/clip.gif --fps 60", "8.0 frames a second"),
+    ("--video @/clip.gif --overlap 2 --fps 60", "8.0 frames a second"),
 ])
 def test_given_frames_and_stories_that_do_not_fit_are_refused(command, files, arguments, words):
     assert_refused(command(*arguments.replace("@", str(files)).split()), {}, words)
