@@ -507,9 +507,11 @@ def check_writable(path):
 def last_frames(count, fps):
     """A `pick` for `read_frames`: up to `count` frames, `fps` a second, and the last is the clip's.
 
-    Raises ValueError if the clip has too few frames a second for that.
+    Raises ValueError if the clip has none, or too few a second for that.
     """
     def pick(times):
+        if not len(times):
+            raise ValueError("there are no frames in it")
         wanted = times[-1] - np.arange(count)[::-1] / fps
         wanted = wanted[wanted > -0.5 / fps]  # a shorter clip gives what it has
         index = np.abs(times[:, None] - wanted).argmin(0)
