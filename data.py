@@ -26,7 +26,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from einops import rearrange
-from PIL import Image
+from PIL import Image, ImageOps
 
 # ------------------------------------------------------------------------------ value ranges
 
@@ -356,6 +356,12 @@ def _write_mp4(path, video, fps):
     iio.imwrite(path, video[:, :height, :width], plugin="pyav", codec="libx264", fps=rate)
 
 
+def write_picture(path, picture):
+    """Write uint8 (h, w, 3) as an image file, whole or not at all. Raises OSError."""
+    with atomic_path(path) as temporary:
+        Image.fromarray(picture).save(temporary)
+
+
 def contact_sheet(video, columns=4, border=2):
     """Frames of uint8 (f, h, w, 3) side by side, row by row: uint8 (H, W, 3)."""
     pad = (-len(video)) % columns
@@ -505,6 +511,25 @@ def _timestamps(container, stream):
     if len(pts) > 1 and end < 0.9 * length:
         raise VideoError(f"truncated: it ends after {end:.1f} of {length:.1f} s")
     return pts, np.unique([pts[0], *keys])
+
+
+def read_image(path, size):
+    """The middle of a picture file: uint8 (size, size, 3). Raises VideoError."""
+    try:
+        with Image.open(path) as image:
+            image = ImageOps.exif_transpose(image).convert("RGB")  # phones turn the label only
+    except Exception as error:  # damaged files fail in many ways
+        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        raise VideoError(reason.splitlines()[0][:80]) from error
+    return middle_square(np.asarray(image), size)
+
+
+def middle_square(picture, size):
+    """The middle of a picture, as large as fits: uint8 (h, w, 3) -> (size, size, 3)."""
+    # A frame that was enlarged for viewing becomes the very pixels that it was made of.
+    whole = min(picture.shape[:2]) % size == 0
+    method = Image.Resampling.BOX if whole else Image.Resampling.BICUBIC
+    return np.asarray(ImageOps.fit(Image.fromarray(picture), (size, size), method))
 
 
 def prefetch(function, items, workers=None):
@@ -897,6 +922,5 @@ if __name__ == "__main__":
     for sample in dataset:
         print(f"{sample.fps:5.1f} fps  {sample.caption}")
     rows = [contact_sheet(sample.video, columns=FRAMES) for sample in dataset]
-    with atomic_path(Path("samples/shapes.png")) as path:
-        Image.fromarray(np.concatenate(rows)).save(path)
+    write_picture("samples/shapes.png", np.concatenate(rows))
     print("samples/shapes.png")

@@ -151,6 +151,11 @@ class Tokenizer:
         words = dict.fromkeys(WORD.findall(text.lower()))
         return [word for word in words if word not in self.words]
 
+    def words_and_lengths(self, text):
+        """[(word or mark, number of its tokens)] of a text as `batch` encodes it."""
+        pieces = PIECE.findall(normalize(text))
+        return [(piece.strip(), len(self.encode_piece(piece))) for piece in pieces]
+
     def batch(self, texts, context_length, device=None):
         """Encode a list of strings, normalized, padded to the longest of them.
 

@@ -17,12 +17,13 @@ rate, position, words). `t` is the diffusion timestep, never a frame index. Late
 w).
 """
 
+import contextlib
 import math
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange, repeat
+from einops import rearrange, reduce, repeat
 from torch import nn
 
 from vae import Upsample
@@ -50,19 +51,24 @@ class UNet3DConfig:
 # ------------------------------------------------------------------------------ attention
 
 
-def attention(q, k, v, mask=None):
-    """softmax(Q K^T / sqrt(d)) V; Vaswani 2017, eq. 1.
+def attention_weights(q, k, mask=None):
+    """softmax(Q K^T / sqrt(d)), (..., i, j): how strongly each query attends to each key, 1 in sum.
 
-    q (..., i, d), k and v (..., j, d); mask: boolean, broadcastable to (..., i, j), True where a
-    key may be seen. Each query must see at least one key.
+    q (..., i, d), k (..., j, d); mask: boolean, broadcastable to (..., i, j), True where a key may
+    be seen. Each query must see at least one key.
     """
-    if q.is_cuda:  # fused, for 4D inputs: never writes the (i, j) matrix to memory
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-    # On a CPU the fused kernel is 2 to 15 times slower for sequences as short as ours.
     scores = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])
     if mask is not None:
         scores = scores.masked_fill(~mask, -torch.inf)
-    return scores.softmax(-1).to(v.dtype) @ v
+    return scores.softmax(-1)
+
+
+def attention(q, k, v, mask=None):
+    """softmax(Q K^T / sqrt(d)) V, (..., i, d); v (..., j, d); Vaswani 2017, eq. 1."""
+    if q.is_cuda:  # fused, for 4D inputs: never writes the (i, j) matrix to memory
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    # On a CPU the fused kernel is 2 to 15 times slower for sequences as short as ours.
+    return attention_weights(q, k, mask).to(v.dtype) @ v
 
 
 def rotary(x, positions):
@@ -150,12 +156,21 @@ class CrossAttention(nn.Module):
         self.kv = nn.Linear(text_width, 2 * width, bias=False)
         self.out = zero_init(nn.Linear(width, width))
 
-    def forward(self, x, context, context_mask):
-        frames = x.shape[1]
+    def qkv(self, x, context):
         q = rearrange(self.q(self.norm(x)), "b f s (n d) -> b n (f s) d", n=self.heads)
         k, v = rearrange(self.kv(context), "b l (k n d) -> k b n l d", k=2, n=self.heads)
-        y = attention(q, k, v, context_mask[:, None, None, :])
-        return x + self.out(rearrange(y, "b n (f s) d -> b f s (n d)", f=frames))
+        return q, k, v
+
+    def forward(self, x, context, context_mask):
+        y = attention(*self.qkv(x, context), context_mask[:, None, None, :])
+        return x + self.out(rearrange(y, "b n (f s) d -> b f s (n d)", f=x.shape[1]))
+
+    def word_weights(self, x, context, context_mask):
+        """How strongly each frame attends to each word in `forward`: (b, f, l), the mean over heads
+        and places. Each row sums to 1."""
+        q, k, _ = self.qkv(x, context)
+        weights = attention_weights(q.float(), k.float(), context_mask[:, None, None, :])
+        return reduce(weights, "b n (f s) l -> b f l", "mean", f=x.shape[1])
 
 
 class FeedForward(nn.Module):
@@ -346,3 +361,27 @@ class UNet3D(nn.Module):
                 x = block(x, *conditions)                       # (b f) width h w
         x = self.conv_out(F.silu(self.norm_out(x)))             # (b f) c h w
         return rearrange(x, "(b f) c h w -> b c f h w", b=b)
+
+
+@contextlib.contextmanager
+def record_attention(unet):
+    """`with record_attention(unet) as record:` notes how strongly frames attend to words.
+
+    record[name of a CrossAttention] becomes a list with one (b, f, l) float tensor for every call
+    of the model, see `CrossAttention.word_weights`; "read" is what each frame looks up for itself.
+    """
+    record, handles = {}, []
+    for name, module in unet.named_modules():
+        if isinstance(module, CrossAttention):
+            record[name] = []
+
+            def note(module, inputs, _, calls=record[name]):
+                with torch.no_grad():
+                    calls.append(module.word_weights(*inputs).cpu())
+
+            handles.append(module.register_forward_hook(note))
+    try:
+        yield record
+    finally:
+        for handle in handles:
+            handle.remove()

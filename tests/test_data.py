@@ -18,8 +18,8 @@ import data
 from data import (
     BACKGROUND, COLOURS, DIRECTIONS, FPS_RANGE, MOTIONS, POLYGONS, RADII, REACH, SIZE, SPEED,
     UCF101, DataError, MovingShapes, Thing, VideoError, VideoFolder, contact_sheet, describe,
-    find_captions, held_out, prefetch, read_ahead, read_frames, render, to_model, to_uint8,
-    write_video,
+    find_captions, held_out, middle_square, prefetch, read_ahead, read_frames, read_image, render,
+    to_model, to_uint8, write_video,
 )  # fmt: skip
 
 
@@ -820,3 +820,33 @@ def test_ucf101_is_read_as_it_is():
     assert sample.video.shape == (16, 64, 64, 3) and sample.video.std() > 20
     parts = [VideoFolder(REAL / "UCF-101", split=split) for split in ("train01", "test01")]
     assert sorted(parts[0].items + parts[1].items) == dataset.items
+
+
+# ------------------------------------------------------------------------------ reading pictures
+
+
+def write_png(video, path="x.png", **options):
+    Image.fromarray(video[0]).save(path, **options)
+    return path
+
+
+@pytest.mark.parametrize("upscale", [1, 3])
+def test_a_picture_enlarged_for_viewing_is_read_as_it_was(tmp_path, upscale):
+    frame = MovingShapes(1, size=32)[0].video[:1]
+    path = write_png(frame.repeat(upscale, 1).repeat(upscale, 2), tmp_path / "x.png")
+    assert np.array_equal(read_image(path, 32), frame[0])
+    write_video(tmp_path / "x.gif", frame, upscale=upscale)
+    clip, _ = read_frames(tmp_path / "x.gif", lambda times: [0], None)
+    picture = middle_square(clip[0], 32)
+    assert np.abs(picture.astype(int) - frame).max() <= 8  # a GIF has 256 colours
+
+
+def test_the_middle_of_a_picture_is_taken(tmp_path):
+    wide = np.zeros((1, 40, 100, 3), np.uint8)
+    wide[:, :, 30:70] = 200
+    assert (read_image(write_png(wide, tmp_path / "x.png"), 20) == 200).all()
+    turned = Image.Exif()
+    turned[0x0112] = 6  # a phone's label: to be shown with a quarter turn
+    wide[:, :20, 30:70] = 100
+    picture = read_image(write_png(wide, tmp_path / "x.png", exif=turned), 20)
+    assert (picture[:, :10] == 200).all() and (picture[:, 10:] == 100).all()

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from diffusion import (SAMPLERS, DiffusionConfig, NoiseSchedule, ddim_sample, ddpm_sample,
-                       diffusion_loss, dpm_solver_sample, guided, posterior)
+                       diffusion_loss, dpm_solver_sample, guided, posterior, reconstruction_guided,
+                       replaced)
 
 SHAPE = (2, 4, 3, 5, 6)  # b c f h w, all different
 MU, S = 0.7, 0.5
@@ -377,6 +378,145 @@ def test_sampler_contract(sampler):
     assert torch.equal(noise, before)
     half = SAMPLERS[sampler](gaussian_model(schedule), schedule, noise.bfloat16(), 2)
     assert half.dtype == torch.float32
+
+
+# Given frames. At every pixel the frames of a clip are N(0, COVARIANCE), so the best denoiser is a
+# matrix over time, and given frame 0 the others are Gaussian with a known mean and variance.
+
+COVARIANCE = 0.9 ** (torch.arange(3)[:, None] - torch.arange(3)).abs()  # a random walk, nearly
+CLIPS = (4, 1, 3, 40, 50)  # 8,000 pixels
+FIRST = torch.tensor([True, False, False]).expand(4, -1)
+
+
+def gain_of_denoiser(schedule, t, covariance):
+    """The matrix A of E[x_start | x_t] = A x_t over the frames, and alpha and sigma."""
+    a = schedule.alphas_cumprod[t].float()
+    noisy = a * covariance + (1 - a) * torch.eye(len(covariance))
+    return a.sqrt() * covariance @ noisy.inverse(), a.sqrt(), (1 - a).sqrt()
+
+
+def over_frames(matrix, x):
+    return torch.einsum("fg,bcghw->bcfhw", matrix, x)
+
+
+def clip_model(schedule):
+    """The best denoiser of clips when nothing is given."""
+    def model(x_t, t):
+        gain, _, _ = gain_of_denoiser(schedule, t[0], COVARIANCE)
+        return schedule.output(over_frames(gain, x_t), x_t, t)
+    return model
+
+
+def given_the_first(given):
+    """Mean (b, c, 2, h, w) and covariance of frames 1 and 2 when frame 0 is given."""
+    slope = COVARIANCE[1:, :1]
+    return over_frames(slope, given[:, :, :1]), COVARIANCE[1:, 1:] - slope @ slope.T
+
+
+def informed_model(schedule, given):
+    """The best denoiser when frame 0 is given: what a model trained with masks should learn."""
+    mean, covariance = given_the_first(given)
+
+    def model(x_t, t):
+        gain, alpha, _ = gain_of_denoiser(schedule, t[0], covariance)
+        rest = mean + over_frames(gain, x_t[:, :, 1:] - alpha * mean)
+        return schedule.output(torch.cat([torch.zeros_like(given[:, :, :1]), rest], 2), x_t, t)
+    return model
+
+
+def informed_models(schedule, given):
+    """The three ways of conditioning on frame 0, by their names in sample.py."""
+    model = clip_model(schedule)
+    return {
+        "mask": replaced(informed_model(schedule, given), schedule, given, FIRST),
+        "replacement": replaced(model, schedule, given, FIRST),
+        "reconstruction": reconstruction_guided(model, schedule, given, FIRST),
+    }
+
+
+@pytest.mark.parametrize("prediction", ["v", "eps", "x_start"])
+def test_output_inverts_predict(prediction):
+    schedule = make_schedule(prediction=prediction)
+    x_start, x_t = torch.randn(2, *SHAPE, dtype=torch.float64).unbind()
+    for t in (0, 500, 999):
+        t = torch.tensor([t, 300])
+        found, _ = schedule.predict(schedule.output(x_start, x_t, t), x_t, t)
+        torch.testing.assert_close(found, x_start)
+
+
+@pytest.mark.parametrize("prediction", ["v", "eps", "x_start"])
+@pytest.mark.parametrize("sampler", list(SAMPLERS))
+def test_given_frames_come_back(sampler, prediction):
+    schedule = make_schedule(prediction=prediction, schedule="linear")
+    given, noise = torch.randn(2, *CLIPS).unbind()
+    mask = torch.tensor([[True, False, True], [False] * 3, [False, True, False], [True] * 3])
+    for inform in (replaced, reconstruction_guided):
+        model = inform(clip_model(schedule), schedule, given, mask)
+        x = SAMPLERS[sampler](model, schedule, noise, 5).transpose(1, 2)
+        torch.testing.assert_close(x[mask], given.transpose(1, 2)[mask], atol=2e-5, rtol=1e-4)
+        assert (x[~mask] - given.transpose(1, 2)[~mask]).abs().mean() > 0.1
+
+
+@pytest.mark.parametrize("sampler", list(SAMPLERS))
+def test_on_the_way_given_frames_carry_the_noise_of_their_step(sampler):
+    schedule, given = make_schedule(), 5 + torch.randn(CLIPS)
+    seen = []
+
+    def model(x_t, t):
+        alpha, sigma = schedule.alpha_sigma(t, x_t)
+        seen.append(((x_t - alpha * given) / sigma)[:, :, 0])
+        return clip_model(schedule)(x_t, t)
+
+    SAMPLERS[sampler](replaced(model, schedule, given, FIRST), schedule, torch.randn(CLIPS), 10)
+    for eps in seen:  # 8,000 draws of N(0, 1)
+        assert eps.mean().abs() < 0.05 and eps.std().item() == pytest.approx(1, abs=0.05)
+    # The deterministic samplers keep the noise that they start from.
+    assert torch.allclose(seen[0], seen[-1], atol=1e-3) == (sampler != "ddpm")
+
+
+def test_reconstruction_guidance_is_the_papers_equation():
+    schedule, given, x_t = make_schedule(), torch.randn(CLIPS), torch.randn(CLIPS)
+    t = torch.full((4,), 400)
+    gain, alpha, _ = gain_of_denoiser(schedule, 400, COVARIANCE)
+    model = reconstruction_guided(clip_model(schedule), schedule, given, FIRST, weight=3.0)
+    found, _ = schedule.predict(model(x_t, t), x_t, t)
+    plain = over_frames(gain, x_t)
+    # Ho 2022 eq. 7: - w_r alpha / 2 times the gradient of |given - plain|^2 at frame 0
+    error = (given - plain)[:, :, :1]
+    expected = plain + 3.0 * alpha * over_frames(gain[:1].T, error)
+    torch.testing.assert_close(found[:, :, 1:], expected[:, :, 1:])
+    assert not x_t.requires_grad and not found.requires_grad
+
+
+def test_reconstruction_guidance_is_exact_where_there_is_little_noise():
+    """There the paper's Gaussian for q(given | x_t) is the true one, and w_r = 1 is Bayes (eq.
+    6)."""
+    schedule, given = make_schedule(), torch.randn(CLIPS)
+    t = torch.full((4,), 15)
+    x_t = schedule.q_sample(torch.randn(CLIPS), t, torch.randn(CLIPS))
+
+    def x_start(model):
+        return schedule.predict(model(x_t, t), x_t, t)[0][:, :, 1:]
+
+    exact = x_start(informed_model(schedule, given))
+    guidance = reconstruction_guided(clip_model(schedule), schedule, given, FIRST, weight=1.0)
+    missing = x_start(replaced(clip_model(schedule), schedule, given, FIRST)) - exact
+    assert (x_start(guidance) - exact).norm() < 0.05 * missing.norm()
+
+
+def test_who_draws_the_conditional_gaussian():
+    """A model that sees the given frame draws the true conditional; guidance comes near, plain
+    replacement remains less than half-way and keeps too much freedom."""
+    schedule = make_schedule()
+    given, noise = torch.full(CLIPS, 1.5), torch.randn(CLIPS)
+    mean, covariance = given_the_first(given)
+    x = {name: ddim_sample(model, schedule, noise, 50)[:, :, 1:]
+         for name, model in informed_models(schedule, given).items()}
+    share = {name: video.mean((0, 1, 3, 4)) / mean[0, 0, :, 0, 0] for name, video in x.items()}
+    std = {name: video.std((0, 1, 3, 4)) / covariance.diag().sqrt() for name, video in x.items()}
+    assert (share["mask"] - 1).abs().max() < 0.02 and (std["mask"] - 1).abs().max() < 0.06
+    assert share["replacement"].max() < 0.5 and std["replacement"].min() > 1.3
+    assert share["reconstruction"].min() > 0.75 and (std["reconstruction"] - 1).abs().max() < 0.15
 
 
 # Errors

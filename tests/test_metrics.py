@@ -22,8 +22,8 @@ import torch.nn.functional as F
 from scipy.ndimage import gaussian_filter
 
 import metrics
-from data import BACKGROUND, COLOURS, FPS, MOTIONS, POLYGONS, REACH, MovingShapes, Thing, render
-from data import write_video
+from data import BACKGROUND, COLOURS, DIRECTIONS, FPS, MOTIONS, POLYGONS, REACH, MovingShapes
+from data import Thing, render, write_video
 from metrics import FeatureStatistics, InceptionI3D, InceptionV3, MaxPool3D, NumpyUnpickler, Reading
 from metrics import Unit3D, caption_accuracy, frechet_distance, inception_score, kernel_distance
 from metrics import read_things
@@ -79,7 +79,8 @@ def test_survives_a_pale_picture(samples):
 def test_reads_every_word(colour, shape):
     for action in MOTIONS:
         if action != "spins" or shape in POLYGONS:
-            thing = Thing(colour, shape, "", (action,), 32.0, 32.0, 0.2)
+            dx, dy = DIRECTIONS.get(action, (0, 0))
+            thing = Thing(colour, shape, "", (action,), 32 - 15.0 * dx, 32 - 15.0 * dy, 0.2)
             assert read_things(render([thing]), FPS) == [Reading(colour, shape, (action,))]
 
 
@@ -161,8 +162,8 @@ def test_a_coloured_fringe_is_not_an_object():
 
 def test_a_close_neighbour_does_not_disturb():
     left = Thing("yellow", "circle", "small", ("stays still",), 16.4, 32.0, 0.0)
-    right = Thing("blue", "square", "", ("left",), 54.0, 32.0, 0.1)
-    video = render([left, right])  # the square ends two pixels from the circle
+    right = Thing("blue", "square", "", ("left",), 53.5, 32.0, 0.1)
+    video = render([left, right], frames=12)  # the square ends two pixels from the circle
     assert caption_accuracy([[left, right]], [video], FPS)["all"] == 1
 
 

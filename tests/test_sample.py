@@ -8,6 +8,7 @@ import os
 import pickle
 import subprocess
 import sys
+import wave
 from pathlib import Path
 
 import imageio.v3 as iio
@@ -18,9 +19,10 @@ from PIL import Image
 
 import data
 import sample
-from data import FPS
+from data import BACKGROUND, FPS, SPEED, MovingShapes
 from metrics import read_things
-from sample import SAMPLERS, load_pipeline
+from sample import CONDITIONINGS, SAMPLERS, load_pipeline
+from unet3d import record_attention
 
 PROMPT = "a red circle moves right, then up"
 SLUG = "a-red-circle-moves-right-then-up"
@@ -111,6 +113,164 @@ def test_a_checkpoint_rebuilds_the_pipeline(tiny_pipeline, tiny_checkpoint, floa
     assert loaded.schedule.config == tiny_pipeline.schedule.config
     a, b = (p.generate([PROMPT], steps=2) for p in (tiny_pipeline, loaded))
     assert distance(a, b) <= 4  # half precision on disk is not visible
+
+
+# ------------------------------------------------------------------------------ given frames
+
+CLIP = MovingShapes(2, size=32)  # 16 frames of the tiny model's size
+
+
+def given_frames(*frames):
+    return {frame: CLIP[0].video[frame] for frame in frames}
+
+
+@pytest.mark.parametrize("frames", [[0], [15], [0, 15], [0, 1, 2, 3], [3, 9]])
+@pytest.mark.parametrize("conditioning", CONDITIONINGS)
+def test_given_frames_come_back_unchanged(tiny_pipeline, frames, conditioning):
+    video = tiny_pipeline.generate(
+        [PROMPT], steps=2, given=given_frames(*frames), conditioning=conditioning
+    )[0]
+    for i in range(16):
+        assert np.array_equal(video[i], CLIP[0].video[i]) == (i in frames)
+
+
+@pytest.mark.parametrize("conditioning", CONDITIONINGS)
+def test_the_other_frames_depend_on_the_given_ones(tiny_pipeline, conditioning):
+    def draw(given):
+        options = {"steps": 4, "conditioning": conditioning}
+        return tiny_pipeline.generate([PROMPT], given=given, **options)[0, 1:]
+
+    black = {0: np.zeros((32, 32, 3), np.uint8)}
+    assert distance(draw(given_frames(0)), draw(black)) > 0
+    assert distance(draw(given_frames(0)), draw({})) > 0
+
+
+def test_the_conditionings_differ(tiny_pipeline):
+    videos = [
+        tiny_pipeline.generate([PROMPT], steps=4, given=given_frames(0, 1), conditioning=name)
+        for name in CONDITIONINGS
+    ]
+    assert all(distance(videos[i], videos[i - 1]) > 0 for i in range(3))
+
+
+@pytest.mark.parametrize("conditioning", CONDITIONINGS)
+def test_only_mask_shows_the_given_frames_to_the_network(tiny_pipeline, conditioning):
+    shown = []
+    hook = tiny_pipeline.unet.register_forward_pre_hook(lambda _, args: shown.append(args[5:]))
+    try:
+        options = {"steps": 1, "guidance": 3, "conditioning": conditioning}
+        tiny_pipeline.generate([PROMPT], given=given_frames(0, 5), **options)
+    finally:
+        hook.remove()
+    if conditioning != "mask":
+        assert shown == [()]
+    else:  # to the unconditional half as well: in training the captions are dropped, not the frames
+        (given, mask), = shown
+        assert mask.nonzero().tolist() == [[i, frame] for i in (0, 1) for frame in (0, 5)]
+        assert torch.equal(given[0], given[1])
+        pictures = data.to_model(CLIP[0].video[None, [0, 5]])
+        torch.testing.assert_close(given[:1, :, [0, 5]], tiny_pipeline.vae.encode_video(pictures))
+
+
+def test_every_prompt_may_have_its_own_pictures(tiny_pipeline, float32):
+    firsts = np.stack([CLIP[0].video[0], CLIP[1].video[0], CLIP[0].video[9]])
+
+    def draw(prompts, seed, **options):
+        return tiny_pipeline.generate(prompts, seed, steps=2, **options)
+
+    together = draw([PROMPT] * 3, 0, given={0: firsts}, batch_size=2)
+    assert np.array_equal(together[:, 0], firsts)
+    for i, first in enumerate(firsts):
+        assert distance(draw([PROMPT], i, given={0: first})[0], together[i]) <= 1
+
+
+@pytest.mark.parametrize("given, words", [
+    ({16: np.zeros((32, 32, 3), np.uint8)}, "16"),
+    ({-1: np.zeros((32, 32, 3), np.uint8)}, "-1"),
+    ({0: np.zeros((64, 64, 3), np.uint8)}, "64"),
+    ({0: np.zeros((32, 32, 3), np.float32)}, "float32"),
+    ({0: np.zeros((5, 32, 32, 3), np.uint8)}, "5"),
+    (given_frames(*range(16)), "none is left"),
+])
+def test_given_frames_that_do_not_fit_are_refused(tiny_pipeline, given, words):
+    with pytest.raises(ValueError, match=words):
+        tiny_pipeline.generate([PROMPT], steps=1, given=given)
+
+
+# ------------------------------------------------------------------------------ stories
+
+STORY = [PROMPT, "a red circle spins", "a red circle grows"]
+
+
+def test_a_story_begins_like_its_first_sentence(tiny_pipeline, float32):
+    options = {"seed": 3, "frames": 8, "steps": 2, "given": given_frames(0)}
+    story = tiny_pipeline.generate([STORY], overlap=3, **options)
+    assert story.shape == (1, 8 + 5 + 5, 32, 32, 3)
+    first = tiny_pipeline.generate([PROMPT], **options)
+    assert distance(story[:, :8], first) <= 1
+    other_end = tiny_pipeline.generate([STORY[:2] + ["a star spins"]], overlap=3, **options)
+    assert distance(story[:, :13], other_end[:, :13]) <= 1
+    assert distance(story[:, 13:], other_end[:, 13:]) > 0
+
+
+@pytest.mark.parametrize("overlap", [1, 3, 7])
+def test_no_frame_is_lost_or_repeated_at_a_seam(overlap):
+    """With a model that counts up from the last frame it is given."""
+    seen = []
+
+    def count_up(sentences, clean, mask):
+        assert (mask == mask[0]).all()
+        known = int(mask[0].sum())
+        seen.append((sentences, clean[0, 0, :known, 0, 0].tolist()))
+        last = clean[:, :, known - 1 : known] if known else torch.full_like(clean[:, :, :1], -1)
+        rest = last + torch.arange(1, 9 - known)[:, None, None]
+        return torch.cat([clean[:, :, :known], rest], dim=2)
+
+    stories = [["a", "b", "c"], ["d", "e", "f"]]
+    latents = sample.draw_chunks(count_up, stories, torch.zeros(2, 1, 8, 1, 1), [], overlap)
+    frames = 8 + 2 * (8 - overlap)
+    assert latents[:, 0, :, 0, 0].tolist() == [list(range(frames))] * 2
+    assert [sentences for sentences, _ in seen] == [("a", "d"), ("b", "e"), ("c", "f")]
+    assert [given for _, given in seen] == [
+        [], list(range(8 - overlap, 8)), list(range(16 - 2 * overlap, 16 - overlap))
+    ]
+
+
+@pytest.mark.parametrize("stories, overlap, words", [
+    ([STORY, STORY[:2]], 4, "same number"), ([[PROMPT, " "]], 4, "empty"), ([[]], 4, "empty"),
+    ([STORY], 0, "overlap"), ([STORY], 16, "overlap"),
+])
+def test_stories_that_cannot_be_told_are_refused(tiny_pipeline, stories, overlap, words):
+    with pytest.raises(ValueError, match=words):
+        tiny_pipeline.generate(stories, steps=1, overlap=overlap)
+
+
+# ------------------------------------------------------------------------------ word attention
+
+
+def test_word_attention_sums_to_one_with_start_and_end(tiny_pipeline):
+    prompt = "a red zebra moves right, then up"  # the unknown word takes several tokens
+    with record_attention(tiny_pipeline.unet) as record:
+        tiny_pipeline.generate([prompt], steps=3)
+    words, weights = sample.word_attention(record, tiny_pipeline.tokenizer, prompt)
+    assert words == ("a", "red", "zebra", "moves", "right", ",", "then", "up")
+    assert weights.shape == (8, 16)
+    tokens = torch.stack([torch.stack(calls)[:, 0].mean(0) for calls in record.values()]).mean(0)
+    assert tokens.shape[1] > 8 + 2
+    ends = tokens[:, 0] + tokens[:, -1]
+    torch.testing.assert_close(torch.from_numpy(weights).sum(0) + ends, torch.ones(16))
+    torch.testing.assert_close(torch.from_numpy(weights[[0, 1, 7]]), tokens.T[[1, 2, -2]])
+
+
+def test_attention_picture_has_a_bright_cell_where_the_weight_is():
+    weights = np.zeros((3, 4))
+    weights[1, 2], weights[2, 0] = 0.4, 0.1
+    picture = sample.attention_picture(("a", "red", "circle"), weights, CLIP[0].video[:4], cell=40)
+    height, width = 40 + 3 * 20, picture.shape[1]
+    assert picture.shape == (height, width, 3) and 4 * 40 + 20 < width < 4 * 40 + 150
+    cells = picture[40:, width - 160 :, 0].reshape(3, 20, 4, 40)[:, 10, :, 20]
+    assert cells.tolist() == [[0, 0, 0, 0], [0, 0, 255, 0], [64, 0, 0, 0]]
+    assert picture[40:60, : width - 160].any() and picture[60:80, : width - 160].any()  # the words
 
 
 # ------------------------------------------------------------------------------ the command
@@ -207,6 +367,84 @@ def test_frames_and_fps_reach_the_file(command):
         assert gif.n_frames == 3 and gif.info["duration"] == 250
 
 
+# ------------------------------------------------------------------------------ its given frames
+
+
+def write_clip(path, video=CLIP[0].video, fps=FPS, upscale=3):
+    data.write_video(path, video, fps, upscale)
+    return path
+
+
+def write_image(path, frame=0, upscale=3):
+    picture = CLIP[0].video[frame].repeat(upscale, 0).repeat(upscale, 1)
+    Image.fromarray(picture).save(path)
+    return path
+
+
+def drawn_frames(path, columns=4):
+    """The frames of a contact sheet that was written with --upscale 1."""
+    sheet = np.asarray(Image.open(path))
+    cells = sheet.reshape(-1, 36, columns, 36, 3).swapaxes(1, 2)[:, :, 2:-2, 2:-2]
+    return cells.reshape(-1, 32, 32, 3)
+
+
+SHEET = ("--out", "x.png", "--upscale", 1)
+
+
+def test_first_and_last_image(command):
+    images = ("--image", write_image("a.png"), "--last-image", write_image("b.bmp", 15, upscale=1))
+    assert command(*images, *SHEET)[:2] == (0, ["x.png"])
+    frames = drawn_frames("x.png")
+    assert np.array_equal(frames[0], CLIP[0].video[0])
+    assert np.array_equal(frames[15], CLIP[0].video[15])
+    assert distance(frames[1:15], CLIP[0].video[1:15]) > 8
+
+
+@pytest.mark.parametrize("overlap, length, taken", [(1, 16, 1), (5, 16, 5), (5, 3, 3)])
+def test_a_clip_goes_on_from_its_last_frames(command, overlap, length, taken):
+    clip = CLIP[0].video[:length]
+    path = write_clip("clip.gif", clip)
+    assert command("--video", path, "--overlap", overlap, *SHEET)[0] == 0
+    frames = drawn_frames("x.png")
+    assert distance(frames[:taken], clip[-taken:]) <= 8  # a GIF has 256 colours
+    assert distance(frames[taken], clip[-1]) > 8
+
+
+def test_a_clip_of_another_frame_rate_is_read_at_ours(command):
+    video = np.repeat(np.arange(0, 240, 8, dtype=np.uint8), 32 * 32 * 3).reshape(30, 32, 32, 3)
+    path = write_clip("clip.mp4", video, fps=24, upscale=2)
+    assert command("--video", path, "--fps", 8, "--overlap", 3, *SHEET)[0] == 0
+    assert np.abs(drawn_frames("x.png")[:3].mean((1, 2, 3)) - 8 * np.array([23, 26, 29])).max() < 4
+
+
+@pytest.mark.parametrize("rate, fps, count, wanted", [
+    (8, 8, 4, [16, 17, 18, 19]), (24, 8, 3, [13, 16, 19]), (25, 8, 3, [13, 16, 19]),
+    (8, 8, 30, list(range(20))), (30, 12, 2, [17, 19]),
+])
+def test_last_frames(rate, fps, count, wanted):
+    index = sample.last_frames(count, fps)(np.arange(20) / rate)
+    assert np.abs(index - wanted).max() <= (0 if rate % fps == 0 else 1) and index[-1] == 19
+
+
+def test_extend_tells_a_story(command, tiny_checkpoint):
+    options = ("--extend", 3, "--overlap", 2, "--frames", 6, "--conditioning", "replacement")
+    arguments = ("--image", write_image("a.png"), *options, STORY[0], *SHEET)
+    assert command(*arguments, prompt=STORY[1])[0] == 0
+    expected = load_pipeline(tiny_checkpoint).generate(
+        [[STORY[1], STORY[0], STORY[0], STORY[0]]], frames=6, steps=2, overlap=2,
+        given=given_frames(0), conditioning="replacement",
+    )[0]
+    frames = drawn_frames("x.png")
+    assert len(expected) == 18 and distance(frames[:18], expected) <= 1
+
+
+def test_attention_is_written_beside_the_video(command):
+    status, out, _ = command("--attention", "new/words.png", "--out", "x.gif", "--frames", 3)
+    assert (status, out) == (0, ["x.gif", "new/words.png"])
+    with Image.open(out[1]) as picture:
+        assert picture.height == 48 + 8 * 24 and 3 * 48 < picture.width < 3 * 48 + 120
+
+
 def test_help_is_complete(command):
     for module in (sample, sys.modules["metrics"]):
         with pytest.raises(SystemExit) as stop:
@@ -301,6 +539,54 @@ def test_settings_that_do_not_fit_are_refused(command, arguments, words):
     assert_refused(command(*arguments.split()), {}, words)
 
 
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """A folder of files to give: some are fine, others are not."""
+    folder = tmp_path_factory.mktemp("files")
+    content = write_image(folder / "a.png").read_bytes()
+    (folder / "cut.png").write_bytes(content[: len(content) // 2])
+    (folder / "text.png").write_text("not a picture")
+    (folder / "folder.png").mkdir()
+    write_clip(folder / "clip.gif")
+    write_clip(folder / "clip.mp4")
+    with wave.open(str(folder / "sound.wav"), "wb") as sound:
+        sound.setparams((1, 2, 8000, 0, "NONE", ""))
+        sound.writeframes(bytes(16000))
+    return folder
+
+
+@pytest.mark.parametrize("arguments, words", [
+    ("--image @/a.png --video @/clip.gif", "--image and --video"),
+    ("--image @/a.png --frames 1", "--frames 1"),
+    ("--image @/a.png --last-image @/a.png --frames 2", "--frames 2"),
+    ("--image @/a.png --last-image @/a.png --frames 1", "--frames is 1"),
+    ("--video @/clip.gif --overlap 9 --frames 9", "--frames 9"),
+    ("--last-image @/a.png --extend 1", "--extend"),
+    ("--extend 1 --overlap 16", "--overlap 16"),
+    ("another", "--extend 1"),
+    ("another third --extend 1", "--extend 2"),
+    ("--conditioning none", "none"),
+    ("--attention w.png --num 2", "--num"),
+    ("--attention w.png --extend 1", "--extend"),
+    ("--attention w.gif", ".png"),
+    ("--attention w.png --out w.png", "both"),
+    ("--attention @/folder.png", "folder.png"),
+    ("--attention @/a.png/w.png", "a.png"),
+    ("--image @/none.png", "none.png: No such file"),
+    ("--last-image @/text.png", "text.png"),
+    ("--image @/cut.png", "cut.png"),
+    ("--image @/folder.png", "folder.png"),
+    ("--image @/clip.mp4", "clip.mp4"),
+    ("--video @/none.mp4", "none.mp4: No such file"),
+    ("--video @/text.png", "text.png"),
+    ("--video @/folder.png", "folder.png"),
+    ("--video @/sound.wav", "sound.wav: there is no video"),
+    ("--video @/clip.gif --overlap 2 --fps 60", "8.0 frames a second"),
+])
+def test_given_frames_and_stories_that_do_not_fit_are_refused(command, files, arguments, words):
+    assert_refused(command(*arguments.replace("@", str(files)).split()), {}, words)
+
+
 @pytest.mark.parametrize("out", ["file/new", "file/new/x.gif", "folder.gif"])
 def test_an_unwritable_out_is_refused_before_the_work(command, monkeypatch, out):
     Path("file").write_text("not a folder")
@@ -348,6 +634,60 @@ def test_the_shipped_model_draws_what_it_is_told():
     assert video.shape == (16, 64, 64, 3)
     seen = read_things(video, FPS)[0]
     assert (seen.colour, seen.shape, seen.actions) == ("red", "circle", ("right", "up"))
+
+
+def circle(x, y):
+    """A frame with a red circle at (x, y)."""
+    return data.render([data.Thing("red", "circle", "", ("stays still",), x, y, 0.0)], 1)[0]
+
+
+def center(video):
+    """(x, y) of what is not background in each frame: (f, 2)."""
+    cover = np.abs(video - np.array(BACKGROUND, float)).sum(-1).clip(30) - 30
+    rows, columns = cover.sum(2), cover.sum(1)
+    places = np.arange(cover.shape[1]) + 0.5
+    return np.stack([columns @ places, rows @ places], 1) / cover.sum((1, 2))[:, None]
+
+
+@shipped
+def test_from_one_picture_the_shipped_model_goes_where_it_is_told():
+    starts = {"left": (48, 32), "right": (16, 32), "up": (32, 48), "down": (32, 16)}
+    prompts = [f"a red circle moves {direction}" for direction in starts]
+    pictures = np.stack([circle(*start) for start in starts.values()])
+    videos = load_pipeline().generate(prompts, given={0: pictures})
+    assert np.array_equal(videos[:, 0], pictures)
+    assert [read_things(video, FPS)[0].actions for video in videos] == [(d,) for d in starts]
+
+
+@shipped
+def test_the_shipped_model_fills_in_between_two_pictures():
+    ends = {0: circle(15, 30), 15: circle(45, 30)}
+    video = load_pipeline().generate(["a red circle moves right"], given=ends)[0]
+    on_the_way = np.stack([np.linspace(15, 45, 16), np.full(16, 30)], 1)
+    assert np.abs(center(video) - on_the_way).max() < 4
+
+
+@shipped
+def test_the_shipped_model_tells_stories_without_a_jump():
+    told = [("right", "up"), ("up", "left")]
+    stories = [[f"a red circle moves {direction}" for direction in story] for story in told]
+    pictures = np.stack([circle(15, 50), circle(50, 50)])
+    videos = load_pipeline().generate(stories, given={0: pictures})
+    for video, (first, second) in zip(videos, told):
+        assert read_things(video[:16], FPS)[0].actions == (first,)
+        assert read_things(video[15:], FPS)[0].actions == (second,)
+    steps = np.abs(np.diff(videos.astype(float), axis=1)).mean((0, 2, 3, 4))
+    assert steps[15] < 1.5 * np.delete(steps, 15).mean()  # from frame 15, the last of chunk 1
+
+
+@shipped
+@pytest.mark.parametrize("fps", [8, 12])
+def test_the_frame_rate_sets_the_speed(fps):
+    prompts = ["a red circle moves right", "a blue square moves down"]
+    videos = load_pipeline().generate(prompts, fps=fps)
+    for axis, video in enumerate(videos):
+        per_frame = np.polyfit(np.arange(16), center(video)[:, axis], 1)[0]
+        assert per_frame * fps == pytest.approx(SPEED, rel=0.2)
 
 
 @shipped

@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 import unet3d
 from unet3d import (CrossAttention, SpatialAttention, TemporalAttention, UNet3D, UNet3DConfig,
-                    attention, places, rotary, sinusoidal)
+                    attention, places, record_attention, rotary, sinusoidal)
 
 CONFIG = UNet3DConfig(
     channels=3, widths=(16, 32), blocks=(1, 1), attention=(True, True), head_width=16,
@@ -104,7 +104,12 @@ def reference(layer, kv_width=None):
         state["q_proj_weight"] = layer.q.weight
         state["k_proj_weight"], state["v_proj_weight"] = layer.kv.weight.chunk(2)
     mha.load_state_dict(state)
-    return lambda q, kv, **options: mha(q, kv, kv, need_weights=False, **options)[0]
+
+    def run(q, kv, need_weights=False, **options):
+        y, weights = mha(q, kv, kv, need_weights=need_weights, **options)
+        return (y, weights) if need_weights else y
+
+    return run
 
 
 @torch.no_grad()
@@ -131,6 +136,34 @@ def test_cross_attention_equals_torch():
     y = reference(layer, 12)(layer.norm(x).flatten(1, 2), words, key_padding_mask=~mask)
     expected = x + y.unflatten(1, (3, 5))
     torch.testing.assert_close(layer(x, words, mask), expected, rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_word_weights_are_those_of_cross_attention():
+    layer, x = wake(CrossAttention(32, 16, 12)), torch.randn(2, 3, 5, 32)
+    words, mask = torch.randn(2, 6, 12), torch.arange(6) < torch.tensor([[6], [2]])
+    weights = layer.word_weights(x, words, mask)
+    q = layer.norm(x).flatten(1, 2)
+    expected = reference(layer, 12)(q, words, key_padding_mask=~mask, need_weights=True)[1]
+    torch.testing.assert_close(weights, expected.unflatten(1, (3, 5)).mean(2))
+    torch.testing.assert_close(weights.sum(2), torch.ones(2, 3))
+    assert (weights[1, :, 2:] == 0).all() and weights.std(2).min() > 0.01
+
+
+@torch.no_grad()
+def test_recording_attention_changes_nothing(unet):
+    inputs = make_inputs()
+    expected = unet(**inputs)
+    with record_attention(unet) as record:
+        outputs = [unet(**inputs) for _ in range(2)]
+    assert all(torch.equal(y, expected) for y in outputs)
+    assert set(record) == {"read", "down.0.blocks.0.cross", "middle.0.cross", "up.0.blocks.0.cross"}
+    for calls in record.values():
+        assert len(calls) == 2 and torch.equal(*calls)
+        assert calls[0].shape == (2, 3, 5)
+        torch.testing.assert_close(calls[0].sum(2), torch.ones(2, 3))
+    unet(**inputs)
+    assert all(len(calls) == 2 for calls in record.values())  # over when the block is left
 
 
 @torch.no_grad()
