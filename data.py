@@ -407,8 +407,7 @@ def read_frames(path, pick, size, place=(0.5, 0.5)):
     except VideoError:
         raise
     except (av.error.FFmpegError, OSError, ValueError, EOFError, SyntaxError) as error:
-        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-        raise VideoError(reason.splitlines()[0][:80]) from error
+        raise VideoError(_reason(error)) from error
     if size is None:
         return np.stack(frames), times
     cut = []
@@ -416,6 +415,11 @@ def read_frames(path, pick, size, place=(0.5, 0.5)):
         top, left = (round((n - size) * p) for n, p in zip(frame.shape, place))
         cut.append(frame[top : top + size, left : left + size])
     return np.stack(cut), times
+
+
+def _reason(error):
+    reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    return reason.splitlines()[0][:80]
 
 
 def short_side(width, height, size):
@@ -519,8 +523,7 @@ def read_image(path, size):
         with Image.open(path) as image:
             image = ImageOps.exif_transpose(image).convert("RGB")  # phones turn the label only
     except Exception as error:  # damaged files fail in many ways
-        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-        raise VideoError(reason.splitlines()[0][:80]) from error
+        raise VideoError(_reason(error)) from error
     return middle_square(np.asarray(image), size)
 
 

@@ -47,11 +47,11 @@ from torch import nn
 from tqdm import tqdm
 
 from data import BACKGROUND, COLOURS, FPS, FRAMES, GROWTH, MOTIONS, POLYGONS, REACH, SIZE, SPEED
-from data import SPIN, DataError, MovingShapes, Sample, VideoFolder, atomic_path, rates, read_ahead
+from data import SPIN, MovingShapes, Sample, VideoFolder, atomic_path, rates, read_ahead
 from data import render, shape_distance, to_model
 from diffusion import SAMPLERS
 from sample import GUIDANCE, SAMPLER, STEPS, Parser, UserError
-from sample import load_pipeline, number, pick_device, run_command
+from sample import load_pipeline, load_tensors, number, pick_device, run_command, save_atomically
 
 BATCH_NORM_EPS = 1e-3  # TensorFlow's, in both networks; PyTorch's own default is 1e-5
 
@@ -475,17 +475,8 @@ def fetch_i3d():
 
 
 def read_state(path):
-    """A state dict from a file. Raises UserError if it cannot be read, or is something else.
-
-    Nothing in the file is imported or run.
-    """
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of a foreign pickle, one error says enough
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # truncated archives and foreign files fail in many ways
-        reason = (str(error) or type(error).__name__).splitlines()[0][:80]
-        raise UserError(f"{path} is not a readable state dict ({reason})") from error
+    """A state dict from a file. Raises UserError if it cannot be read, or is something else."""
+    state = load_tensors(path, "state dict")
     if not isinstance(state, dict) or not all(torch.is_tensor(v) for v in state.values()):
         raise UserError(f"{path} is not a state dict: it should map names to tensors")
     return state
@@ -843,6 +834,7 @@ def _compare(thing, reading):
 
 # ------------------------------------------------------------------------------ clips
 
+
 def generate_clips(pipeline, captions, args, fps=FPS, frames=FRAMES):
     """A `Sample` for each caption, generated with seed + its index; see `Pipeline.generate`."""
     for start in range(0, len(captions), args.batch_size):
@@ -872,16 +864,13 @@ class Source:
 
     @classmethod
     def open(cls, name, seed, args, device):
-        """Raises UserError where there is nothing to take `args.num` clips from."""
+        """Raises UserError or DataError where there is nothing to take `args.num` clips from."""
         if name == "shapes":
             return cls(name, seed)
         if not Path(name).is_dir():
             return cls(name, seed, pipeline=load_pipeline(name, device))
         # The same seed on both sides: a folder compared with itself is at distance 0.
-        try:
-            folder = VideoFolder(name, seed=args.seed, frames=args.frames, stride=args.stride)
-        except DataError as error:
-            raise UserError(error) from error
+        folder = VideoFolder(name, seed=args.seed, frames=args.frames, stride=args.stride)
         if len(folder) < args.num:
             raise UserError(f"{len(folder)} videos in {name}, fewer than --num {args.num}")
         order = np.random.default_rng(args.seed).permutation(len(folder))
@@ -892,20 +881,13 @@ class Source:
         """An iterator of `args.num` `Sample`s or fewer. captions and fps are for a checkpoint."""
         if self.folder:
             self.folder.size = size
-            return itertools.islice(self._read(), args.num)
+            clips = (clip for _, clip in read_ahead(self.folder, range(len(self.folder))))
+            return itertools.islice((clip for clip in clips if clip is not None), args.num)
         shapes = MovingShapes(args.num, "train", self.seed, args.frames, size, FPS)
         if not self.pipeline:
             return _draw(shapes[i] for i in range(args.num))
         captions = captions or list(_draw(shapes.describe(i)[0] for i in range(args.num)))
         return generate_clips(self.pipeline, captions, args, fps, args.frames)
-
-    def _read(self):
-        try:
-            for _, sample in read_ahead(self.folder, range(len(self.folder))):
-                if sample is not None:
-                    yield sample
-        except DataError as error:
-            raise UserError(error) from error
 
     def fingerprint(self, args):
         """What tells this source from others, and from itself after a change: plain values."""
@@ -999,8 +981,7 @@ def remember(protocol, compute):
         pass
     side = compute() | {"protocol": text}
     try:
-        with atomic_path(cache_folder() / name) as path:
-            torch.save(side, path)
+        save_atomically(side, cache_folder() / name)
     except OSError as error:
         raise UserError(f"cannot write the cache in {cache_folder()}: {error.strerror}") from error
     return side

@@ -33,8 +33,8 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
-from data import FORMATS, FPS, FPS_RANGE, FRAMES, middle_square, read_frames, read_image
-from data import to_model, to_uint8, write_picture, write_video
+from data import FORMATS, FPS, FPS_RANGE, FRAMES, DataError, atomic_path, middle_square
+from data import read_frames, read_image, to_model, to_uint8, write_picture, write_video
 from diffusion import SAMPLERS, DiffusionConfig, NoiseSchedule
 from diffusion import guided, reconstruction_guided, replaced
 from text_encoder import TextEncoder, TextEncoderConfig, Tokenizer, normalize
@@ -63,10 +63,11 @@ class UserError(Exception):
 
 
 def run_command(command):
-    """Call `command()` for a command line: a UserError ends it with one line and exit status 2."""
+    """Call `command()` for a command line: a UserError, or an unusable data set, ends it with one
+    line and exit status 2."""
     try:
         command()
-    except UserError as error:
+    except (UserError, DataError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
@@ -121,18 +122,32 @@ def autocast(device, precision=None):
 # ------------------------------------------------------------------------------ checkpoints
 
 
+def load_tensors(path, kind):
+    """What torch.save wrote: tensors and plain values; nothing in the file is imported or run.
+
+    Raises UserError, which calls the file a `kind`, where it cannot be read.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of a foreign pickle, one error says enough
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # truncated archives and foreign files fail in many ways
+        reason = (str(error) or type(error).__name__).splitlines()[0][:80]
+        raise UserError(f"{path} is not a readable {kind} ({reason})") from error
+
+
+def save_atomically(checkpoint, path):
+    """torch.save that leaves the old file or the new one, never half of one."""
+    with atomic_path(path) as temporary:
+        torch.save(checkpoint, temporary)
+
+
 def load_checkpoint(path, *parts):
     """Read a checkpoint that holds at least the named parts. Raises UserError otherwise."""
     path = Path(path)
     if not path.is_file():
         raise UserError(f"no checkpoint at {path}: check the path, or train one with train.py")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of a foreign pickle, one error says enough
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # truncated archives and foreign files fail in many ways
-        reason = (str(error) or type(error).__name__).splitlines()[0][:80]
-        raise UserError(f"{path} is not a readable checkpoint ({reason})") from error
+    checkpoint = load_tensors(path, "checkpoint")
     missing = [p for p in parts if not isinstance(checkpoint, dict) or p not in checkpoint]
     if missing:
         raise UserError(f"{path} has no {', '.join(missing)}: it is not a checkpoint of this kind")

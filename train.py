@@ -45,7 +45,7 @@ from data import FPS, DataError, MovingShapes, VideoError, VideoFolder, atomic_p
 from data import prefetch, read_ahead, to_model, to_uint8, write_video
 from diffusion import DiffusionConfig, NoiseSchedule, diffusion_loss
 from sample import Parser, Pipeline, UserError, autocast, load_checkpoint, load_pipeline, number
-from sample import pack, pick_device, run_command, unpack
+from sample import pack, pick_device, run_command, save_atomically, unpack
 from text_encoder import TextEncoder, TextEncoderConfig, Tokenizer
 from unet3d import SpaceTimeBlock, UNet3D, UNet3DConfig
 from vae import AutoencoderKL, ResBlock, VAEConfig, VAELoss, VAELossConfig
@@ -236,6 +236,7 @@ def make_optimizers(model, config):
 
 
 def join_processes(device):
+    """Under torchrun: meet the other processes, and take one GPU each."""
     if "LOCAL_RANK" in os.environ:  # set by torchrun
         if device.type == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
@@ -245,15 +246,18 @@ def join_processes(device):
 
 
 def processes():
+    """How many there are."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def process():
-    return dist.get_rank() if dist.is_initialized() else 0  # the first one
+    """The number of this one; 0 is the first."""
+    return dist.get_rank() if dist.is_initialized() else 0
 
 
 @contextlib.contextmanager
 def first_process_first():
+    """The others do what is inside when the first one is through, with what it left on the disk."""
     if process() > 0:
         dist.barrier()
     yield
@@ -507,12 +511,6 @@ def say(text):
         tqdm.write(text, file=sys.stderr)
 
 
-def save_atomically(checkpoint, path):
-    """torch.save that leaves the old file or the new one, never half of one."""
-    with atomic_path(path) as temporary:
-        torch.save(checkpoint, temporary)
-
-
 def memory_gib():
     """Peak memory so far: of the GPU where there is one, else of this process."""
     if torch.cuda.is_available():
@@ -723,7 +721,7 @@ def encode_dataset(vae, dataset, device, out):
     file, contents = out / "latents.bin", out / "latents.json"
     weights = b"".join(v.numpy(force=True).tobytes() for v in vae.state_dict().values())
     key = hashlib.sha256(weights + Path(data.__file__).read_bytes())
-    key.update(dataset.identity().encode("utf-8", "backslashreplace"))
+    key.update(dataset.identity().encode())
     state = json.loads(contents.read_text()) if file.is_file() and contents.is_file() else {}
     if state.get("key") != key.hexdigest():
         contents.unlink(missing_ok=True)  # first: it must never speak of another file
@@ -992,6 +990,7 @@ def parse_args(argv=None):
 
 
 def add_memory_options(group):
+    """The options that trade memory and time, and leave what is learned as it is."""
     group.add_argument(
         "--grad-accum", type=number(int, 1, 10**6), default=1, metavar="N",
         help="go through each batch in N parts and add up their gradients: the same result in less "
@@ -1059,8 +1058,6 @@ def main():
         if begun_stage(Path(args.out)) == args.stage:
             say("stopped; the same command with --resume goes on from there")
         raise
-    except DataError as error:
-        raise UserError(error) from error
     except (MemoryError, RuntimeError) as error:
         # PyTorch has an error of its own for a GPU, and none for the CPU.
         texts = ("out of memory", "can't allocate memory")

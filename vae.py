@@ -279,6 +279,7 @@ class VGGFeatures(nn.Module):
         self.requires_grad_(False)
 
     def features(self, x):
+        """One map per stage, normalized over channels, of pictures x (b, 3, h, w) in [-1, 1]."""
         x = (x - self.mean) / self.std
         outputs = []
         for stage, (_, indices) in enumerate(self.stages):

@@ -25,6 +25,23 @@ def tiny_configs():
     return unet, text, VAEConfig(widths=(16, 32, 32), groups=4)
 
 
+@pytest.fixture
+def run_script(monkeypatch, capsys):
+    """Runs `python MODULE ARGUMENTS` in this process: (exit status, stdout, stderr)."""
+
+    def run(module, *arguments):
+        monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, arguments)])
+        status = 0
+        try:
+            module.run_command(module.main)
+        except SystemExit as stop:
+            status = stop.code
+        out, err = capsys.readouterr()
+        return status, out, err
+
+    return run
+
+
 @pytest.fixture(scope="session")
 def tiny_pipeline():
     """A whole Pipeline, small enough to run in no time: 32x32 frames, 4x4 latents, random weights.

@@ -305,7 +305,7 @@ class FrameStub(torch.nn.Module):
 
 
 @pytest.fixture
-def command(monkeypatch, tmp_path, capsys):
+def command(monkeypatch, tmp_path, run_script):
     """Runs `python metrics.py ...` with stubs for the networks: (exit status, result or error)."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(metrics, "load_i3d", lambda path: Stub())
@@ -314,14 +314,7 @@ def command(monkeypatch, tmp_path, capsys):
     weights.write_bytes(b"weights")
 
     def run(*arguments):
-        argv = ["metrics.py", "--i3d", weights, *arguments]
-        monkeypatch.setattr(sys, "argv", [str(a) for a in argv])
-        status = 0
-        try:
-            metrics.run_command(metrics.main)
-        except SystemExit as stop:
-            status = stop.code
-        out, err = capsys.readouterr()
+        status, out, err = run_script(metrics, "--i3d", weights, *arguments)
         if status:
             assert not out and "Traceback" not in err
             return status, err.strip().splitlines()[-1]

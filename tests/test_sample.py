@@ -277,19 +277,13 @@ def test_attention_picture_has_a_bright_cell_where_the_weight_is():
 
 
 @pytest.fixture
-def command(monkeypatch, tmp_path, tiny_checkpoint, capsys):
+def command(monkeypatch, tmp_path, tiny_checkpoint, run_script):
     """Runs `python sample.py ...` inside tmp_path: (exit status, lines of stdout, stderr)."""
     monkeypatch.chdir(tmp_path)
 
     def run(*arguments, prompt=PROMPT, checkpoint=tiny_checkpoint):
-        argv = ["sample.py", prompt, "--checkpoint", checkpoint, "--steps", 2, *arguments]
-        monkeypatch.setattr(sys, "argv", [str(a) for a in argv])
-        status = 0
-        try:
-            sample.run_command(sample.main)
-        except SystemExit as stop:
-            status = stop.code
-        out, err = capsys.readouterr()
+        options = ("--checkpoint", checkpoint, "--steps", 2)
+        status, out, err = run_script(sample, prompt, *options, *arguments)
         return status, out.splitlines(), err
 
     return run
