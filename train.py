@@ -980,6 +980,10 @@ def parse_args(argv=None):
         help="decay of the averaged weights that are sampled from; 0 takes the last ones",
     )
     group.add_argument(
+        "--easy-start", type=number(int, 0, 10**9), metavar="STEPS",
+        help="easier questions in the first steps; 0 to refine a trained model",
+    )
+    group.add_argument(
         "--image-fraction", type=number(float, 0, 1), metavar="P",
         help="learn from the frames of this share of clips as single pictures with the caption",
     )
@@ -1015,7 +1019,7 @@ def configure(args):
     discriminator joins in after the same share of the steps."""
     preset = PRESETS[args.preset]
     field = f"{args.stage}_training"
-    names = ("steps", "batch_size", "lr", "videos", "ema", "image_fraction")
+    names = ("steps", "batch_size", "lr", "videos", "ema", "easy_start", "image_fraction")
     values = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     if args.stage == "vae" and args.steps is not None:
         start = preset.vae_loss.gan_start * args.steps // preset.vae_training.steps
@@ -1027,7 +1031,7 @@ def check(args, device):
     """Raises UserError where options do not fit together, or to this machine."""
     if args.vgg and args.stage != "vae":
         raise UserError("--vgg is for the autoencoder: python train.py vae")
-    for name in ("ema", "image_fraction"):
+    for name in ("ema", "easy_start", "image_fraction"):
         if getattr(args, name) is not None and args.stage != "diffusion":
             raise UserError(f"--{name.replace('_', '-')} is for python train.py diffusion")
     if args.compile and device.type != "cuda":

@@ -626,10 +626,10 @@ def test_a_compiled_model_trains(preset, finished, tmp_path):
     assert losses[0] == pytest.approx(losses[1], rel=0.02)
 
 
-@pytest.mark.parametrize("option", ["--ema", "--image-fraction"])
+@pytest.mark.parametrize("option", ["--ema", "--easy-start", "--image-fraction"])
 def test_options_of_the_diffusion_stage_are_refused_for_the_other(preset, tmp_path, option):
     with pytest.raises(UserError, match=f"{option} is for python train.py diffusion"):
-        run_train(preset, "vae", "--out", tmp_path / "out", option, 0.5)
+        run_train(preset, "vae", "--out", tmp_path / "out", option, 1)
 
 
 def full_memory_of_the_gpu(*_):
