@@ -4,6 +4,8 @@
     python tests/experiments.py tasks       # given frames, stories and frame rates
     python tests/experiments.py slices      # trains on whole actions, and on slices of them
     python tests/experiments.py reference   # FVD, KVD, IS of real clips, reconstructed and spoilt
+    python tests/experiments.py steps       # right captions for each sampler and number of steps
+    python tests/experiments.py nearest --data FOLDER --checkpoint MODEL    # is it memorised?
 
 Each prints JSON, a line for each row of its table. How fast things are: tests/benchmark.py.
 """
@@ -14,6 +16,7 @@ import copy
 import csv
 import itertools
 import json
+import math
 import sys
 import tempfile
 import time
@@ -22,6 +25,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image, ImageDraw, ImageFont
+from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -29,9 +34,10 @@ sys.path.insert(0, str(ROOT))
 import metrics
 import train
 from data import BACKGROUND, COLOURS, DIRECTIONS, FPS, FPS_RANGE, FRAMES, POLYGONS, REACH, SIZE
-from data import SPEED, MovingShapes, Thing, VideoFolder, describe, render, to_model, to_uint8
-from data import write_video
-from metrics import caption_accuracy, read_things
+from data import SPEED, MovingShapes, Thing, VideoFolder, contact_sheet, describe, render, to_model
+from data import to_uint8, write_picture, write_video
+from diffusion import SAMPLERS
+from metrics import caption_accuracy, caption_sets, read_things
 from sample import CHECKPOINT, CONDITIONINGS, Parser, autocast, load_checkpoint, load_pipeline
 from sample import number, pick_device, run_command, save_atomically
 
@@ -281,9 +287,104 @@ def reference(data, num, checkpoint):
         show(spoilt=how, num=num, **metrics.compare(whole, side, names))
 
 
+# ------------------------------------------------------------------------------ steps
+
+LINES = ((230, 75, 60), (70, 140, 240), (60, 180, 90))
+
+
+def steps(checkpoint, num, picture):
+    """Caption accuracy against the number of sampling steps, for each sampler; also as a chart."""
+    pipeline = load_pipeline(checkpoint, pick_device("auto"))
+    captions, _, scenes = zip(*caption_sets(num)["seen"])
+    curves = {sampler: [] for sampler in SAMPLERS}
+    for count in (3, 5, 10, 20, 40):
+        for sampler, curve in curves.items():
+            start = time.perf_counter()
+            videos = pipeline.generate(captions, steps=count, sampler=sampler)
+            seconds = (time.perf_counter() - start) / num
+            read = caption_accuracy(scenes, videos, FPS)
+            curve.append((count, read["all"]))
+            show(sampler=sampler, steps=count, seconds_a_clip=seconds, **read)
+    write_picture(picture, chart(curves, "sampling steps", "clips with everything right"))
+
+
+def chart(curves, x_label, y_label, width=560, height=340):
+    """Lines through points (x, y), x on a logarithmic scale and y from 0 to 1, as a picture: uint8
+    (height, width, 3). curves: {name: points}, at most three, over the same x."""
+    picture = Image.new("RGB", (width, height), "white")
+    draw, font = ImageDraw.Draw(picture), ImageFont.load_default(size=14)
+    left, right, top, bottom = 60, width - 70, 36, height - 50
+    xs = [x for x, _ in next(iter(curves.values()))]
+
+    def place(x, y):
+        share = math.log(x / xs[0]) / math.log(xs[-1] / xs[0])
+        return left + share * (right - left), bottom - y * (bottom - top)
+
+    for y in (0, 0.25, 0.5, 0.75, 1):
+        draw.line([place(xs[0], y), place(xs[-1], y)], (220, 220, 220))
+        draw.text((left - 8, place(xs[0], y)[1]), f"{y:.0%}", "black", font, anchor="rm")
+    for x in xs:
+        draw.text((place(x, 0)[0], bottom + 8), str(x), "black", font, anchor="mt")
+    draw.text(((left + right) / 2, height - 8), x_label, "black", font, anchor="mb")
+    draw.text((left, 8), y_label, "black", font, anchor="lt")
+    names = []  # at the ends of the lines
+    for (name, points), colour in zip(curves.items(), LINES):
+        points = [place(*point) for point in points]
+        draw.line(points, colour, 3)
+        for x, y in points:
+            draw.ellipse([x - 4, y - 4, x + 4, y + 4], colour)
+        names.append((points[-1][1], name, colour))
+    lowest = -math.inf
+    for y, name, colour in sorted(names):
+        lowest = max(lowest + 16, y)  # none on top of another
+        draw.text((right + 10, lowest), name, colour, font, anchor="lm")
+    return np.asarray(picture)
+
+
+# ------------------------------------------------------------------------------ nearest
+
+
+def nearest(checkpoint, data, num, picture):
+    """Does a model repeat its training clips? Distances between clips are root mean squares over
+    all their pixels, in levels of 0 to 255; a median over clips each.
+
+    "copy": from a training clip to what the autoencoder makes of it, as far as a memorised clip
+    would be; "generated": from a generated clip to the nearest training clip; "real": from a
+    training clip to the nearest other one. In the picture generated clips stand above the training
+    clips nearest to them.
+    """
+    pipeline = load_pipeline(checkpoint, pick_device("auto"))
+    dataset = VideoFolder(data, size=pipeline.size)
+    real = [dataset[i] for i in range(len(dataset))]
+    clips = np.stack([sample.video for sample in real])
+    chosen = [real[i % len(real)] for i in range(num)]
+    generated = np.concatenate([
+        pipeline.generate([sample.caption], seed=i, fps=sample.fps)
+        for i, sample in enumerate(tqdm(chosen, desc="generating"))
+    ])
+    copies = np.stack([spoil(clip, "reconstructed", None, pipeline.vae) for clip in clips])
+
+    def distance(a, b):
+        return np.sqrt(np.square(a - b.astype(np.float32)).mean((-4, -3, -2, -1)))
+
+    found = np.array([distance(clip, clips) for clip in generated])
+    others = np.array([distance(clip, clips) for clip in clips])
+    others[np.diag_indices(len(clips))] = np.inf
+    show(copy=np.median(distance(copies, clips)), generated=np.median(found.min(1)),
+         real=np.median(others.min(1)), num=num)
+    frames = np.linspace(0, FRAMES - 1, 8).round().astype(int)
+    shown = np.linspace(0, num - 1, min(num, 4)).round().astype(int)
+    rows = [v for i in shown for v in (generated[i], clips[found[i].argmin()])]
+    sheets = [contact_sheet(video[frames], columns=len(frames)) for video in rows]
+    write_picture(picture, np.concatenate(sheets))
+
+
 # ------------------------------------------------------------------------------ command line
 
-EXPERIMENTS = {"order": order, "tasks": tasks, "slices": slices, "reference": reference}
+EXPERIMENTS = {
+    "order": order, "tasks": tasks, "slices": slices, "reference": reference, "steps": steps,
+    "nearest": nearest,
+}
 
 
 def parse_args(argv=None):
@@ -309,6 +410,17 @@ def parse_args(argv=None):
         "--num", type=number(int, 2, 10**6), default=2048,
         help="shapes in a half; of a folder, all of it is taken (%(default)s)",
     )
+    options["steps"].add_argument(
+        "--num", type=number(int, 1, 10_000), default=100, help="clips at each point (%(default)s)"
+    )
+    options["nearest"].add_argument("--data", required=True, metavar="FOLDER")
+    options["nearest"].add_argument(
+        "--num", type=number(int, 1, 10_000), default=36, help="clips to draw (%(default)s)"
+    )
+    for name in ("steps", "nearest"):
+        options[name].add_argument(
+            "--picture", default=f"samples/{name}.png", help="where to draw it (%(default)s)"
+        )
     return parser.parse_args(argv)
 
 
