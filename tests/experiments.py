@@ -260,12 +260,13 @@ def spoil(video, how, rng, vae=None):
     return video
 
 
-def reference(data, num, checkpoint):
-    """Prints a line for each way to spoil one half of the data, measured against the other half."""
+def reference(checkpoint, data, num, stride):
+    """Spoils one half of the data in some ways, and measures it against the other half."""
     names, device = ["fvd", "kvd", "is"], pick_device("auto")
     if data != "shapes":  # as many as there are
         num = len(VideoFolder(data)) // 2
-    args = metrics.parse_args(["--real", data, "--fake", data, "--num", str(num)])
+    options = ["--stride", str(stride)] if stride else []
+    args = metrics.parse_args(["--real", data, "--fake", data, "--num", str(num), *options])
     networks, _ = metrics.load_networks(args, names, device)
     real = metrics.Source.open(data, 0, args, device)
     fake, ways, vae = replace(real, seed=1), ["nothing", "shuffled", "noise"], None
@@ -275,6 +276,8 @@ def reference(data, num, checkpoint):
     else:
         ways.insert(1, "reconstructed")
         vae = load_pipeline(checkpoint, device).vae
+    for warning in metrics.small_sample_warnings(names, num, FRAMES):
+        print(f"warning: {warning}", file=sys.stderr)
     size = metrics.common_size([real])
     whole = metrics.extract(real.samples(args, size), num, networks, device, "real clips")
     for how in ways:
@@ -409,6 +412,10 @@ def parse_args(argv=None):
     options["reference"].add_argument(
         "--num", type=number(int, 2, 10**6), default=2048,
         help="shapes in a half; of a folder, all of it is taken (%(default)s)",
+    )
+    options["reference"].add_argument(
+        "--stride", type=number(int, 1, 10**6), metavar="N",
+        help="of a folder: every N-th frame from a random place (16 over the whole video)",
     )
     options["steps"].add_argument(
         "--num", type=number(int, 1, 10_000), default=100, help="clips at each point (%(default)s)"
