@@ -106,8 +106,8 @@ def diffusers_unet(config, wanted):
     kinds = ["CrossAttn"] * (len(config.widths) - 1) + [""]
 
     def build(width, multiple):
-        shares = [w / config.widths[-1] for w in config.widths]
-        widths = [max(round(width * share / multiple), 1) * multiple for share in shares]
+        widths = [round(width * w / config.widths[-1] / multiple) * multiple for w in config.widths]
+        widths = [max(w, config.head_width) for w in widths]
         return UNet3DConditionModel(
             in_channels=config.channels, out_channels=config.channels, block_out_channels=widths,
             layers_per_block=config.blocks[0], norm_num_groups=multiple,
@@ -156,17 +156,15 @@ class Contender:
             with autocast(self.device, self.args.precision):
                 loss = (self.predict(*part).float() - part[0]).square().mean()
             loss.backward()
-        return loss.item()  # waits for the GPU
 
-    def train(self):
-        self.gradients()
+    def update(self):
         for optimizer in self.optimizers:
             optimizer.step()
             optimizer.zero_grad()
 
     def sample(self):
         with torch.inference_mode(), autocast(self.device, self.args.precision):
-            return self.predict(*self.pair).sum().item()
+            self.predict(*self.pair)
 
     def flops(self):
         """Of the matrix products and convolutions of forward and backward, also of those that
@@ -177,34 +175,42 @@ class Contender:
 
 
 def seconds(actions, rounds):
-    """The median time of each action, after one more round to warm up. They take turns, so that
-    whatever else the machine does hits all alike."""
-    times = np.zeros((1 + rounds, len(actions)))
-    for times_of_round in times:
-        for i, action in enumerate(actions):
+    """The median time of each action, after one more round to warm up; of fewer rounds, two at
+    least, where they take over a minute. The actions take turns, so that whatever else the machine
+    does hits all alike."""
+    times, begin = [], time.perf_counter()
+    while len(times) < 3 or len(times) <= rounds and time.perf_counter() - begin < 60:
+        times.append([])
+        for action in actions:
             start = time.perf_counter()
             action()
-            times_of_round[i] = time.perf_counter() - start
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            times[-1].append(time.perf_counter() - start)
     return np.median(times[1:], axis=0)
 
 
 def matrix_peak(device, dtype, size=4096):
     """FLOP/s of a product of two large matrices."""
     a, b = torch.randn(2, size, size, device=device).to(dtype)
-    return 2 * size**3 / seconds([lambda: (a @ b)[0, 0].item()], 5)[0]
+    return 2 * size**3 / seconds([lambda: a @ b], 5)[0]
 
 
 def compare(contenders, peak, rounds=7):
-    """A line for each: medians, and their speed in training and sampling beside the first one's."""
-    row = "{:24}{:>9}{:>9}{:>9}{:>9}{:>9}{:>9}{:>11}{:>9}{:>9}".format
-    print(row("", "params", "s/step", "clips/s", "GFLOP", "GFLOP/s", "of peak", "s/sampling",
-              "train", "sample"))
+    """A line for each: medians, and their speed in training and sampling beside the first one's.
+    A training step is what comes before the optimizer and the optimizer."""
+    row = "{:24}{:>9}{:>8}{:>10}{:>8}{:>8}{:>8}{:>9}{:>11}{:>7}{:>7}".format
+    print(row("", "params", "s/step", "optimizer", "clips/s", "GFLOP", "GFLOP/s", "of peak",
+              "s/sampling", "train", "sample"))
     flops = [c.flops() for c in contenders]
-    training = seconds([c.train for c in contenders], rounds)
+    halves = seconds([half for c in contenders for half in (c.gradients, c.update)], rounds)
+    training = halves[::2] + halves[1::2]
+    for c in contenders:
+        c.model.eval()
     sampling = seconds([c.sample for c in contenders], 3 * rounds)
-    for c, work, step, sample in zip(contenders, flops, training, sampling):
+    for c, work, step, update, sample in zip(contenders, flops, training, halves[1::2], sampling):
         print(row(
-            c.name, f"{parameters(c.model) / 1e6:.2f} M", f"{step:.3f}",
+            c.name, f"{parameters(c.model) / 1e6:.2f} M", f"{step:.3f}", f"{update:.3f}",
             f"{len(c.batch[0]) / step:.2f}", f"{work / 1e9:.0f}", f"{work / step / 1e9:.0f}",
             f"{work / step / peak:.0%}", f"{sample:.4f}", f"{training[0] / step:.2f}x",
             f"{sampling[0] / sample:.2f}x",
@@ -222,7 +228,8 @@ def train(args):
     economize(args, unet)
     ours = Contender("UNet3D", unet, unet, training, config, args, device)
     for _ in range(2):
-        ours.train()
+        ours.gradients()
+        ours.update()
     memory = memory_gib()
     peaks = [matrix_peak(device, dtype) for dtype in (torch.float32, torch.bfloat16)]
     with autocast(device, args.precision):
