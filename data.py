@@ -66,6 +66,7 @@ SPIN = np.pi / 2  # radians per second, clockwise
 # Objects begin nearly upright. Captions say nothing of an angle; where any was equally likely, models
 # drew squares and triangles as discs, the mean of all angles, while they had circles all right.
 TILT = 0.1  # radians, either way
+UPRIGHT = {"square": np.pi / 4}  # angle at which a shape stands upright; 0 has a corner on top
 FPS_RANGE = (8.0, 12.0)  # frames per second drawn in training; 8 is the default elsewhere
 FPS = 8.0
 FRAMES, SIZE = 16, 64
@@ -293,12 +294,13 @@ class MovingShapes:
                 break
         size = str(rng.choice(["small", "", "", "big"] if count == 1 else ["small", "small", ""]))
         # Where it may start: nothing of it leaves the frame on the way.
-        thing = Thing(colour, shape, size, actions, 0.0, 0.0, rng.uniform(-TILT, TILT))
+        angle = UPRIGHT.get(shape, 0.0) + rng.uniform(-TILT, TILT)
+        thing = Thing(colour, shape, size, actions, 0.0, 0.0, angle)
         x, y, radius, _ = thing.path(self.frames, fps)
         reach = radius * REACH[shape] + 1
         x = rng.uniform((reach - x).max(), (SIZE - reach - x).min())
         y = rng.uniform((reach - y).max(), (SIZE - reach - y).min())
-        return Thing(colour, shape, size, actions, x, y, thing.angle)
+        return Thing(colour, shape, size, actions, x, y, angle)
 
 
 # ------------------------------------------------------------------------------ writing videos

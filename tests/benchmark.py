@@ -1,5 +1,4 @@
-"""How fast is it, and how good can it get? Not a test: it takes long, and timings depend on the
-machine and on what else it does.
+"""How fast is it? Not a test: timings depend on the machine and on what else it does.
 
     python tests/benchmark.py shapes      # captioned clips rendered per second, on one core
     python tests/benchmark.py data --data FOLDER         # clips of a folder decoded per second
@@ -7,14 +6,11 @@ machine and on what else it does.
     python tests/benchmark.py train --preset ucf101 --batch-size 1 --grad-checkpoint
     python tests/benchmark.py start       # seconds from starting sample.py to the finished GIF
     python tests/benchmark.py i3d         # clips through I3D per second
-    python tests/benchmark.py reference   # FVD, KVD, IS of real clips, reconstructed and spoilt
-    python tests/benchmark.py reference --data FOLDER    # likewise, of a folder of videos
+
+How good it is: tests/experiments.py.
 """
 
 import argparse
-import copy
-import dataclasses
-import json
 import subprocess
 import sys
 import tempfile
@@ -31,7 +27,7 @@ from torch.utils.flop_counter import FlopCounterMode
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from sample import autocast, number, pick_device
+from sample import Parser, autocast, number, pick_device, run_command
 from train import PRESETS, add_memory_options, economize, make_optimizers, memory_gib
 from unet3d import UNet3D
 
@@ -217,11 +213,12 @@ def compare(contenders, peak, rounds=7):
         ))
 
 
-def train(args):
+def train(**options):
     """Training and sampling steps of a preset's UNet, and of other people's with as many parameters
     where their packages are installed: the same batch, latents, words and number format, all with
     AdamW then, one step of each in turn."""
-    preset, device = PRESETS[args.preset], pick_device("auto")
+    args, device = argparse.Namespace(**options), pick_device("auto")
+    preset = PRESETS[args.preset]
     config, training = preset.unet, preset.diffusion_training
     args.batch_size = args.batch_size or training.batch_size
     unet = UNet3D(config)
@@ -267,7 +264,6 @@ def start():
 
 def i3d(batch=4, repeats=3):
     import metrics
-    from sample import pick_device
 
     args, device = metrics.parse_args(["--fake", "shapes"]), pick_device("auto")
     network = metrics.load_networks(args, ["fvd"], device)[0]["i3d"]
@@ -280,78 +276,27 @@ def i3d(batch=4, repeats=3):
     return {"clips per second": batch * repeats / (time.perf_counter() - start)}
 
 
-def spoil(video, how, rng, vae=None):
-    """uint8 (f, h, w, 3) -> the same clip with its frames in random order, or with noise of 25
-    levels, or through an autoencoder and back; "nothing" leaves it as it is."""
-    from data import to_model, to_uint8
-    from sample import autocast
-
-    if how == "shuffled":
-        return video[rng.permutation(len(video))]
-    if how == "noise":
-        noisy = video + rng.normal(0, 25, video.shape)
-        return noisy.round().clip(0, 255).astype(np.uint8)
-    if how == "reconstructed":
-        device = next(vae.parameters()).device
-        with torch.inference_mode(), autocast(device):
-            return to_uint8(vae.decode_video(vae.encode_video(to_model(video[None]).to(device))))[0]
-    return video
-
-
-def reference(data, num, checkpoint):
-    """Prints a line for each way to spoil one half of the data, measured against the other half."""
-    import metrics
-    from data import VideoFolder
-    from sample import load_pipeline, pick_device
-
-    names, device = ["fvd", "kvd", "is"], pick_device("auto")
-    if data != "shapes":  # as many as there are
-        num = len(VideoFolder(data)) // 2
-    args = metrics.parse_args(["--real", data, "--fake", data, "--num", str(num)])
-    networks, _ = metrics.load_networks(args, names, device)
-    real = metrics.Source.open(data, 0, args, device)
-    fake, ways, vae = dataclasses.replace(real, seed=1), ["nothing", "shuffled", "noise"], None
-    if real.folder:
-        fake.folder = copy.copy(real.folder)
-        real.folder.items, fake.folder.items = real.folder.items[:num], real.folder.items[num:]
-    else:
-        ways.insert(1, "reconstructed")
-        vae = load_pipeline(checkpoint, device).vae
-    size = metrics.common_size([real])
-    whole = metrics.extract(real.samples(args, size), num, networks, device, "real clips")
-    for how in ways:
-        rng = np.random.default_rng(0)
-        spoilt = (
-            dataclasses.replace(sample, video=spoil(sample.video, how, rng, vae))
-            for sample in fake.samples(args, size)
-        )
-        side = metrics.extract(spoilt, num, networks, device, how, whole["size"])
-        row = {"spoilt": how, "num": num} | metrics.compare(whole, side, names)
-        print(json.dumps(row), flush=True)
-
-
 SPEEDS = {"shapes": shapes, "data": data, "train": train, "start": start, "i3d": i3d}
 
+
+def parse_args(argv=None):
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="what", required=True)
+    options = {name: commands.add_parser(name, description=f.__doc__) for name, f in SPEEDS.items()}
+    options["data"].add_argument("--data", dest="folder", required=True, help="a folder of videos")
+    group = options["train"].add_argument_group("as in train.py")
+    group.add_argument("--preset", default="shapes", choices=PRESETS, help="(%(default)s)")
+    group.add_argument("--batch-size", type=number(int, 1, 10**6), help="(the preset's)")
+    add_memory_options(group)
+    return parser.parse_args(argv)
+
+
+def main():
+    options = vars(parse_args())
+    what = options.pop("what")
+    for name, value in SPEEDS[what](**options).items():
+        print(f"{what}: {value:.3g} {name}")
+
+
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("what", choices=[*SPEEDS, "reference"])
-    parser.add_argument("--data", default="shapes", help="a folder of videos (%(default)s)")
-    parser.add_argument(
-        "--num", type=int, default=2048, help="of reference: shapes in a half (%(default)s)"
-    )
-    parser.add_argument(
-        "--checkpoint", default=ROOT / "pretrained" / "shapes.pt",
-        help="of reference: whose autoencoder to use",
-    )
-    parser.add_argument("--preset", default="shapes", choices=PRESETS, help="of train (shapes)")
-    parser.add_argument("--batch-size", type=number(int, 1, 10**6), help="of train (the preset's)")
-    add_memory_options(parser.add_argument_group("of train, as in train.py"))
-    args = parser.parse_args()
-    if args.what == "reference":
-        reference(args.data, args.num, args.checkpoint)
-    else:
-        arguments = {"data": [args.data], "train": [args]}.get(args.what, [])
-        for name, value in SPEEDS[args.what](*arguments).items():
-            print(f"{args.what}: {value:.3g} {name}")
+    run_command(main)

@@ -202,6 +202,16 @@ def test_area_is_the_closed_form(shape, size):
     assert coverage(video).sum() == pytest.approx(area, rel=0.02 if shape == "star" else 0.01)
 
 
+def test_objects_begin_upright():
+    dataset = MovingShapes(300, objects=1)
+    for sample in (dataset[i] for i in range(300)):
+        y, x = np.nonzero(coverage(sample.video[0], sample.scene[0].colour) > 0.5)
+        if sample.scene[0].shape == "square":  # fills its bounding box; half of it on its corner
+            assert len(y) > 0.7 * (np.ptp(y) + 1) * (np.ptp(x) + 1)
+        if sample.scene[0].shape == "triangle":  # 3/4 of it are in the lower half: its tip is above
+            assert (y > (y.min() + y.max()) / 2).mean() > 0.65
+
+
 def test_resolution_changes_nothing_but_sharpness():
     fine, coarse = (render([thing("white", "ring")], frames=2, size=size) for size in (128, 64))
     pooled = fine.reshape(2, 64, 2, 64, 2, 3).mean((2, 4))

@@ -62,9 +62,9 @@ def test_commands_parse(words):
     else:
         script, *arguments = arguments
         assert (ROOT / script).is_file(), f"there is no {script}"
-        if script.removesuffix(".py") not in MODULES:
+        if Path(script).stem not in (*MODULES, "experiments"):
             return
-        module = importlib.import_module(script.removesuffix(".py"))
+        module = importlib.import_module(Path(script).stem)
         if not hasattr(module, "parse_args"):
             assert not arguments, f"{script} takes no arguments"
             return
