@@ -112,7 +112,7 @@ PRESETS = {
         vae_loss=UCF101_VAE_LOSS,
         vae_training=TrainConfig(steps=50_000, batch_size=32, lr=2e-4),
         text=TextEncoderConfig(vocab_size=2048, width=256, depth=4),
-        unet=UNet3DConfig(  # 49 M parameters
+        unet=UNet3DConfig(  # 54 M parameters
             latent_size=16, widths=(128, 256, 512), blocks=(2, 2, 3), attention=(True, True, True),
             text_width=256, embedding_width=512, groups=32,
         ),
@@ -127,7 +127,7 @@ PRESETS = {
         vae_loss=UCF101_VAE_LOSS,
         vae_training=TrainConfig(steps=50_000, batch_size=16, lr=2e-4),
         text=TextEncoderConfig(vocab_size=2048, width=256, depth=4),
-        unet=UNet3DConfig(  # 155 M parameters
+        unet=UNet3DConfig(  # 168 M parameters
             latent_size=32, widths=(192, 384, 768), blocks=(2, 2, 5), attention=(True, True, True),
             text_width=256, embedding_width=768, groups=32,
         ),

@@ -2,7 +2,8 @@
 
     python tests/benchmark.py shapes      # captioned clips rendered per second, on one core
     python tests/benchmark.py data --data FOLDER         # clips of a folder decoded per second
-    python tests/benchmark.py train       # UNet steps of the shapes preset, clips per second
+    python tests/benchmark.py train       # UNet steps of a preset, beside other people's UNets
+    python tests/benchmark.py train --preset ucf101 --batch-size 1 --grad-checkpoint
     python tests/benchmark.py start       # seconds from starting sample.py to the finished GIF
     python tests/benchmark.py i3d         # clips through I3D per second
 
@@ -14,13 +15,21 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+
+from sample import Parser, autocast, number, pick_device, run_command
+from train import PRESETS, add_memory_options, economize, make_optimizers, memory_gib
+from unet3d import UNet3D
 
 
 def shapes(clips=1000):
@@ -52,30 +61,196 @@ def data(folder, videos=8, rounds=4):
     return results | {"frames in a file, on average": sum(frames) / len(frames)}
 
 
-def train(steps=10, warmup=3):
-    from sample import autocast, pick_device
-    from train import PRESETS, make_optimizers
-    from unet3d import UNet3D
+# ------------------------------------------------------------------------------ the UNet
 
-    preset, device = PRESETS["shapes"], pick_device("auto")
-    config, batch = preset.diffusion_training, preset.diffusion_training.batch_size
-    unet = UNet3D(preset.unet).to(device)
-    optimizers = make_optimizers(unet, config)
-    x = torch.randn(batch, 4, 16, 8, 8, device=device)
-    context = torch.randn(batch, 16, preset.unet.text_width, device=device)
+
+def unet_inputs(config, batch, device):
+    """What a UNet takes, of clips of 16 frames: latents, timesteps, 16 encoded words, their mask
+    and the frame rate."""
+    side = config.latent_size
+    x = torch.randn(batch, config.channels, 16, side, side, device=device)
+    words = torch.randn(batch, 16, config.text_width, device=device)
     mask = torch.ones(batch, 16, dtype=torch.bool, device=device)
-    t, fps = torch.arange(batch, device=device), torch.full((batch,), 8.0, device=device)
-    for step in range(warmup + steps):
-        if step == warmup:
-            start = time.perf_counter()
-        with autocast(device):
-            loss = (unet(x, t, context, mask, fps).float() - x).square().mean()
-        loss.backward()
-        for optimizer in optimizers.values():
+    fps = torch.full((batch,), 8.0, device=device)
+    return x, torch.arange(batch, device=device), words, mask, fps
+
+
+def parameters(model):
+    return sum(p.numel() for p in model.parameters())
+
+
+def matched(build, wanted):
+    """The model build(width, multiple) that comes within 5% of the wanted number of parameters, all
+    its widths multiples of as round a number as will do."""
+    for multiple in (32, 16, 8, 4):
+        for width in range(32, 1024, multiple):
+            with torch.device("meta"):  # no memory, no work
+                count = parameters(build(width, multiple))
+            if count > 0.95 * wanted:
+                break
+        if count < 1.05 * wanted:
+            return build(width, multiple)
+    raise ValueError(f"no width gives {wanted} parameters")
+
+
+def diffusers_unet(config, wanted):
+    """The UNet of ModelScope's text-to-video: as many resolutions and blocks in each as ours, heads
+    as wide, widths in the same proportion. Attention where it has it by default, at all resolutions
+    but the lowest, and in the middle."""
+    from diffusers.models.unets.unet_3d_condition import UNet3DConditionModel
+
+    kinds = ["CrossAttn"] * (len(config.widths) - 1) + [""]
+
+    def build(width, multiple):
+        widths = [round(width * w / config.widths[-1] / multiple) * multiple for w in config.widths]
+        widths = [max(w, config.head_width) for w in widths]
+        return UNet3DConditionModel(
+            in_channels=config.channels, out_channels=config.channels, block_out_channels=widths,
+            layers_per_block=config.blocks[0], norm_num_groups=multiple,
+            attention_head_dim=config.head_width, cross_attention_dim=config.text_width,
+            down_block_types=[f"{kind}DownBlock3D" for kind in kinds],
+            up_block_types=[f"{kind}UpBlock3D" for kind in reversed(kinds)],
+        )
+
+    model = matched(build, wanted)
+    return model, lambda x, t, words, mask, fps: model(x, t, words, return_dict=False)[0]
+
+
+def lucidrains_unet(config, wanted):
+    """The UNet of Video Diffusion Models with as many resolutions as ours, each twice as wide as
+    the one before. It reads one vector, not words: it gets their mean."""
+    with mock.patch.dict(sys.modules, torchvision=mock.MagicMock()):  # only its trainer needs that
+        from video_diffusion_pytorch import Unet3D
+
+    factors = [2**i for i in range(len(config.widths))]
+
+    def build(width, _):
+        return Unet3D(width, config.text_width, dim_mults=factors, channels=config.channels)
+
+    model = matched(build, wanted)
+    return model, lambda x, t, words, mask, fps: model(x, t, cond=words.mean(1))
+
+
+PEERS = {"diffusers": diffusers_unet, "video-diffusion-pytorch": lucidrains_unet}
+
+
+class Contender:
+    """A UNet in training, and in sampling one clip: a batch of two, with its caption and without.
+
+    predict: its forward as a function of `unet_inputs`.
+    """
+
+    def __init__(self, name, model, predict, training, config, args, device):
+        self.name, self.predict, self.device, self.args = name, predict, device, args
+        self.model = model.to(device).train()
+        self.optimizers = make_optimizers(model, training).values()
+        self.batch = unet_inputs(config, args.batch_size, device)
+        self.pair = unet_inputs(config, 2, device)
+
+    def gradients(self):
+        for part in zip(*(x.tensor_split(self.args.grad_accum) for x in self.batch)):
+            with autocast(self.device, self.args.precision):
+                loss = (self.predict(*part).float() - part[0]).square().mean()
+            loss.backward()
+
+    def update(self):
+        for optimizer in self.optimizers:
             optimizer.step()
             optimizer.zero_grad()
-        loss.item()  # waits for the GPU
-    return {"clips per second": batch * steps / (time.perf_counter() - start)}
+
+    def sample(self):
+        with torch.inference_mode(), autocast(self.device, self.args.precision):
+            self.predict(*self.pair)
+
+    def flops(self):
+        """Of the matrix products and convolutions of forward and backward, also of those that
+        --grad-checkpoint makes twice; a multiplication and an addition are two."""
+        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+            self.gradients()
+        return counter.get_total_flops()
+
+
+def seconds(actions, rounds):
+    """The median time of each action, after one more round to warm up; of fewer rounds, two at
+    least, where they take over a minute. The actions take turns, so that whatever else the machine
+    does hits all alike."""
+    times, begin = [], time.perf_counter()
+    while len(times) < 3 or len(times) <= rounds and time.perf_counter() - begin < 60:
+        times.append([])
+        for action in actions:
+            start = time.perf_counter()
+            action()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            times[-1].append(time.perf_counter() - start)
+    return np.median(times[1:], axis=0)
+
+
+def matrix_peak(device, dtype, size=4096):
+    """FLOP/s of a product of two large matrices."""
+    a, b = torch.randn(2, size, size, device=device).to(dtype)
+    return 2 * size**3 / seconds([lambda: a @ b], 5)[0]
+
+
+def compare(contenders, peak, rounds=7):
+    """A line for each: medians, and their speed in training and sampling beside the first one's.
+    A training step is what comes before the optimizer and the optimizer."""
+    row = "{:24}{:>9}{:>8}{:>10}{:>8}{:>8}{:>8}{:>9}{:>11}{:>7}{:>7}".format
+    print(row("", "params", "s/step", "optimizer", "clips/s", "GFLOP", "GFLOP/s", "of peak",
+              "s/sampling", "train", "sample"))
+    flops = [c.flops() for c in contenders]
+    halves = seconds([half for c in contenders for half in (c.gradients, c.update)], rounds)
+    training = halves[::2] + halves[1::2]
+    for c in contenders:
+        c.model.eval()
+    sampling = seconds([c.sample for c in contenders], 3 * rounds)
+    for c, work, step, update, sample in zip(contenders, flops, training, halves[1::2], sampling):
+        print(row(
+            c.name, f"{parameters(c.model) / 1e6:.2f} M", f"{step:.3f}", f"{update:.3f}",
+            f"{len(c.batch[0]) / step:.2f}", f"{work / 1e9:.0f}", f"{work / step / 1e9:.0f}",
+            f"{work / step / peak:.0%}", f"{sample:.4f}", f"{training[0] / step:.2f}x",
+            f"{sampling[0] / sample:.2f}x",
+        ))
+
+
+def train(**options):
+    """Training and sampling steps of a preset's UNet, and of other people's with as many parameters
+    where their packages are installed: the same batch, latents, words and number format, all with
+    AdamW then, one step of each in turn."""
+    args, device = argparse.Namespace(**options), pick_device("auto")
+    preset = PRESETS[args.preset]
+    config, training = preset.unet, preset.diffusion_training
+    args.batch_size = args.batch_size or training.batch_size
+    unet = UNet3D(config)
+    economize(args, unet)
+    ours = Contender("UNet3D", unet, unet, training, config, args, device)
+    for _ in range(2):
+        ours.gradients()
+        ours.update()
+    memory = memory_gib()
+    peaks = [matrix_peak(device, dtype) for dtype in (torch.float32, torch.bfloat16)]
+    with autocast(device, args.precision):
+        fast = torch.is_autocast_enabled(device.type)
+    print(f"{tuple(ours.batch[0].shape)} in {'bfloat16' if fast else 'float32'}; large matrices: "
+          f"{peaks[0] / 1e9:.0f} GFLOP/s in float32, {peaks[1] / 1e9:.0f} in bfloat16")
+    print(f"with {training.optimizer}:")
+    compare([ours], peaks[fast])
+
+    training = replace(training, optimizer="adamw")
+    contenders = [Contender("UNet3D", unet, unet, training, config, args, device)]
+    for name, build in PEERS.items():
+        try:
+            model, predict = build(config, parameters(unet))
+            contenders.append(Contender(name, model, predict, training, config, args, device))
+        except ImportError as error:
+            print(f"without {name}: {error}")
+    if len(contenders) > 1:
+        print("with adamw:")
+        compare(contenders, peaks[fast])
+    return {"GiB of memory at most, UNet3D alone": memory}
+
+
+# ------------------------------------------------------------------------------ the rest
 
 
 def start():
@@ -89,7 +264,6 @@ def start():
 
 def i3d(batch=4, repeats=3):
     import metrics
-    from sample import pick_device
 
     args, device = metrics.parse_args(["--fake", "shapes"]), pick_device("auto")
     network = metrics.load_networks(args, ["fvd"], device)[0]["i3d"]
@@ -104,14 +278,25 @@ def i3d(batch=4, repeats=3):
 
 SPEEDS = {"shapes": shapes, "data": data, "train": train, "start": start, "i3d": i3d}
 
+
+def parse_args(argv=None):
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="what", required=True)
+    options = {name: commands.add_parser(name, description=f.__doc__) for name, f in SPEEDS.items()}
+    options["data"].add_argument("--data", dest="folder", required=True, help="a folder of videos")
+    group = options["train"].add_argument_group("as in train.py")
+    group.add_argument("--preset", default="shapes", choices=PRESETS, help="(%(default)s)")
+    group.add_argument("--batch-size", type=number(int, 1, 10**6), help="(the preset's)")
+    add_memory_options(group)
+    return parser.parse_args(argv)
+
+
+def main():
+    options = vars(parse_args())
+    what = options.pop("what")
+    for name, value in SPEEDS[what](**options).items():
+        print(f"{what}: {value:.3g} {name}")
+
+
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("what", choices=SPEEDS)
-    parser.add_argument("--data", help="of data: a folder of videos")
-    args = parser.parse_args()
-    if (args.what == "data") != (args.data is not None):
-        parser.error("--data FOLDER goes with data, and data with it")
-    for name, value in SPEEDS[args.what](*filter(None, [args.data])).items():
-        print(f"{args.what}: {value:.3g} {name}")
+    run_command(main)

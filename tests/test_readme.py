@@ -62,7 +62,7 @@ def test_commands_parse(words):
     else:
         script, *arguments = arguments
         assert (ROOT / script).is_file(), f"there is no {script}"
-        if Path(script).stem not in (*MODULES, "experiments"):
+        if Path(script).stem not in (*MODULES, "experiments", "benchmark"):
             return
         module = importlib.import_module(Path(script).stem)
         if not hasattr(module, "parse_args"):

@@ -91,6 +91,14 @@ def test_attention_equals_the_fused_kernel(mask_shape, device):
     torch.testing.assert_close(y, expected, rtol=tolerance, atol=tolerance)
 
 
+@torch.no_grad()
+def test_long_sequences_are_attended_to_without_the_matrix_of_weights(monkeypatch):
+    q, k, v = torch.randn(3, 2, 3, 200, 8)
+    expected = unet3d.attention_weights(q, k) @ v
+    monkeypatch.setattr(unet3d, "attention_weights", None)
+    torch.testing.assert_close(attention(q, k, v), expected, rtol=1e-5, atol=1e-5)
+
+
 def reference(layer, kv_width=None):
     """nn.MultiheadAttention with the weights of one of the attention layers."""
     width = layer.out.in_features
