@@ -63,8 +63,8 @@ DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 SPEED = 16.0  # pixels per second
 GROWTH = 0.3  # change of log radius per second
 SPIN = np.pi / 2  # radians per second, clockwise
-# Objects begin nearly upright. Captions say nothing of an angle; where any was equally likely, models
-# drew squares and triangles as discs, the mean of all angles, while they had circles all right.
+# Objects begin nearly upright. Captions say nothing of an angle; where any was equally likely, a
+# model drew squares as discs, about the mean of all angles, while it had circles all right.
 TILT = 0.1  # radians, either way
 UPRIGHT = {"square": np.pi / 4}  # angle at which a shape stands upright; 0 has a corner on top
 FPS_RANGE = (8.0, 12.0)  # frames per second drawn in training; 8 is the default elsewhere

@@ -261,7 +261,8 @@ def spoil(video, how, rng, vae=None):
 
 
 def reference(checkpoint, data, num, stride):
-    """Spoils one half of the data in some ways, and measures it against the other half."""
+    """Spoils one half of the data in some ways, and measures it against the other half; and, in
+    `fvd_of_same`, against itself unspoilt."""
     names, device = ["fvd", "kvd", "is"], pick_device("auto")
     if data != "shapes":  # as many as there are
         num = len(VideoFolder(data)) // 2
@@ -287,7 +288,9 @@ def reference(checkpoint, data, num, stride):
             for sample in fake.samples(args, size)
         )
         side = metrics.extract(spoilt, num, networks, device, how, whole["size"])
-        show(spoilt=how, num=num, **metrics.compare(whole, side, names))
+        unspoilt = side if how == "nothing" else unspoilt
+        same = metrics.compare(unspoilt, side, ["fvd"])["fvd"]
+        show(spoilt=how, num=num, **metrics.compare(whole, side, names), fvd_of_same=same)
 
 
 # ------------------------------------------------------------------------------ steps
