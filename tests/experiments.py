@@ -204,10 +204,11 @@ def train_small(checkpoint, steps, folder, out, clips):
     """A pipeline with a small UNet, trained on the videos of a folder. checkpoint: its autoencoder;
     out: run folder; clips: options of train.py."""
     shapes = train.PRESETS["shapes"]
-    training = replace(
-        shapes.diffusion_training, steps=steps, easy_start=steps // 3, ema=0.99, save_every=steps
+    training = replace(  # so short a run is easy to its end, or the words would stay unread
+        shapes.diffusion_training, steps=steps, easy_start=steps * 4 // 3, batch_size=8, ema=0.99,
+        save_every=steps,
     )
-    unet = replace(shapes.unet, widths=(32, 64))
+    unet = replace(shapes.unet, widths=(32, 64), blocks=(1, 2))
     train.PRESETS["small"] = replace(shapes, unet=unet, diffusion_training=training)
     save_atomically({"vae": load_checkpoint(checkpoint, "vae")["vae"]}, out / "vae.pt")
     args = train.parse_args(
@@ -230,13 +231,13 @@ def slices(checkpoint, steps):
             dataset = VideoFolder(folder, stride=stride)
             clips = [dataset[i] for i in range(2 * len(CIRCLES))]
             fps = clips[0].fps
-            show(trained_on=name, clips="its data", **shares([c.video for c in clips], fps))
+            show(trained_on=name, clips="in training", **shares([c.video for c in clips], fps))
             options = ["--stride", str(stride)] if stride else []
             pipeline = train_small(checkpoint, steps, folder, Path(temporary, name), options)
-            ways = {"one": {"prompts": captions}}
+            ways = {"drawn": {"prompts": captions}}
             if stride:
-                ways["one of 64 frames"] = {"prompts": captions, "frames": WORLD["frames"]}
-                ways["four in a row"] = {"prompts": [[caption] * 4 for caption in captions]}
+                ways["drawn, 64 frames"] = {"prompts": captions, "frames": WORLD["frames"]}
+                ways["drawn, four in a row"] = {"prompts": [[caption] * 4 for caption in captions]}
             for way, arguments in ways.items():
                 videos = pipeline.generate(**arguments, fps=fps)
                 show(trained_on=name, clips=way, **shares(videos, fps))
