@@ -20,7 +20,7 @@ import re
 import zlib
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -140,6 +140,16 @@ def rates(action):
     dx, dy = DIRECTIONS.get(action, (0, 0))
     growth = {"grows": GROWTH, "shrinks": -GROWTH}.get(action, 0)
     return np.array([SPEED * dx, SPEED * dy, growth, SPIN if action == "spins" else 0])
+
+
+def place_in_frame(thing, rng, frames, fps):
+    """The same thing, which begins at 0, 0, somewhere where nothing of it leaves the frame on the
+    way."""
+    x, y, radius, _ = thing.path(frames, fps)
+    reach = radius * REACH[thing.shape] + 1
+    x = rng.uniform((reach - x).max(), (SIZE - reach - x).min())
+    y = rng.uniform((reach - y).max(), (SIZE - reach - y).min())
+    return replace(thing, x=x, y=y)
 
 
 def held_out(colour, shape, actions):
@@ -293,14 +303,9 @@ class MovingShapes:
             if held_out(colour, shape, actions) == (self.split == "heldout"):
                 break
         size = str(rng.choice(["small", "", "", "big"] if count == 1 else ["small", "small", ""]))
-        # Where it may start: nothing of it leaves the frame on the way.
         angle = UPRIGHT.get(shape, 0.0) + rng.uniform(-TILT, TILT)
         thing = Thing(colour, shape, size, actions, 0.0, 0.0, angle)
-        x, y, radius, _ = thing.path(self.frames, fps)
-        reach = radius * REACH[shape] + 1
-        x = rng.uniform((reach - x).max(), (SIZE - reach - x).min())
-        y = rng.uniform((reach - y).max(), (SIZE - reach - y).min())
-        return Thing(colour, shape, size, actions, x, y, angle)
+        return place_in_frame(thing, rng, self.frames, fps)
 
 
 # ------------------------------------------------------------------------------ writing videos

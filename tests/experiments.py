@@ -33,9 +33,9 @@ sys.path.insert(0, str(ROOT))
 
 import metrics
 import train
-from data import BACKGROUND, COLOURS, DIRECTIONS, FPS, FPS_RANGE, FRAMES, POLYGONS, REACH, SIZE
-from data import SPEED, MovingShapes, Thing, VideoFolder, contact_sheet, describe, render, to_model
-from data import to_uint8, write_picture, write_video
+from data import BACKGROUND, COLOURS, DIRECTIONS, FPS, FPS_RANGE, FRAMES, POLYGONS, SPEED
+from data import MovingShapes, Thing, VideoFolder, contact_sheet, describe, place_in_frame
+from data import read_ahead, render, to_model, to_uint8, write_picture, write_video
 from diffusion import SAMPLERS
 from metrics import caption_accuracy, caption_sets, read_things
 from sample import CHECKPOINT, CONDITIONINGS, Parser, autocast, load_checkpoint, load_pipeline
@@ -178,11 +178,7 @@ def write_circles(folder, num):
     rng, rows = np.random.default_rng(0), [("file", "caption")]
     for i in range(num):
         colour, actions = CIRCLES[i % len(CIRCLES)]
-        thing = Thing(colour, "circle", "", actions, 0.0, 0.0, 0.0)
-        x, y, radius, _ = thing.path(**WORLD)
-        reach = radius * REACH["circle"] + 1  # nothing leaves the frame on the way
-        x, y = (rng.uniform((reach - z).max(), (SIZE - reach - z).min()) for z in (x, y))
-        thing = replace(thing, x=x, y=y)
+        thing = place_in_frame(Thing(colour, "circle", "", actions, 0.0, 0.0, 0.0), rng, **WORLD)
         write_video(folder / f"{i}.gif", render([thing], **WORLD), WORLD["fps"])
         rows.append((f"{i}.gif", describe([thing])))
     with (folder / "captions.csv").open("w", newline="") as file:
@@ -362,7 +358,7 @@ def nearest(checkpoint, data, num, picture):
     """
     pipeline = load_pipeline(checkpoint, pick_device("auto"))
     dataset = VideoFolder(data, size=pipeline.size)
-    real = [dataset[i] for i in range(len(dataset))]
+    real = [clip for _, clip in read_ahead(dataset, range(len(dataset))) if clip is not None]
     clips = np.stack([sample.video for sample in real])
     chosen = [real[i % len(real)] for i in range(num)]
     generated = np.concatenate([
