@@ -106,8 +106,9 @@ def pick_device(name):
 
 
 def autocast(device, precision=None):
-    """bfloat16 autocast where the hardware multiplies bfloat16 matrices: recent GPUs, and CPUs with
-    AMX tiles. With AVX-512 alone float32 was faster: 282 against 137 GFLOP/s on 2 cores.
+    """bfloat16 autocast where the hardware multiplies bfloat16 matrices faster than float32 ones:
+    recent GPUs, CPUs with AMX tiles, and AMD's from Zen 4 on. On 2 cores of the latter it did 396
+    against 135 GFLOP/s, on 2 of an Intel Xeon with AVX-512 and no AMX 137 against 282.
 
     precision: "bf16" or "fp32" instead, whatever the hardware."""
     if precision is not None:
@@ -115,7 +116,9 @@ def autocast(device, precision=None):
     elif device.type == "cuda":
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
-        fast = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()
+        cpu = getattr(torch.cpu, "get_capabilities", dict)()  # older versions of PyTorch: none
+        amd = cpu.get("cpu_name", "").startswith("AMD")
+        fast = cpu.get("amx_bf16", False) or amd and cpu.get("avx512_bf16", False)
     return torch.autocast(device.type, torch.bfloat16, enabled=fast)
 
 

@@ -154,7 +154,7 @@ def test_the_conditionings_differ(tiny_pipeline):
 
 
 @pytest.mark.parametrize("conditioning", CONDITIONINGS)
-def test_only_mask_shows_the_given_frames_to_the_network(tiny_pipeline, conditioning):
+def test_only_mask_shows_the_given_frames_to_the_network(tiny_pipeline, float32, conditioning):
     shown = []
     hook = tiny_pipeline.unet.register_forward_pre_hook(lambda _, args: shown.append(args[5:]))
     try:
