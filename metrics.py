@@ -836,17 +836,21 @@ def _compare(thing, reading):
 
 
 def generate_clips(pipeline, captions, args, fps=FPS, frames=FRAMES):
-    """A `Sample` for each caption, generated with seed + its index; see `Pipeline.generate`."""
+    """A `Sample` for each caption, generated with seed + its index; see `Pipeline.generate`. fps:
+    one number, or one for each caption."""
+    fps = np.broadcast_to(fps, len(captions))
     for start in range(0, len(captions), args.batch_size):
-        part = captions[start : start + args.batch_size]
+        part = slice(start, start + args.batch_size)
         try:
             videos = pipeline.generate(
-                part, args.seed + start, frames, fps, args.steps, args.sampler, args.guidance,
-                batch_size=args.batch_size,
+                captions[part], args.seed + start, frames, fps[part], args.steps, args.sampler,
+                args.guidance, batch_size=args.batch_size,
             )
         except ValueError as error:
-            raise UserError(f"cannot generate {part[0]!r} and the following: {error}") from error
-        yield from (Sample(caption, video, fps, []) for caption, video in zip(part, videos))
+            first = captions[start]
+            raise UserError(f"cannot generate {first!r} and the following: {error}") from error
+        for caption, video, rate in zip(captions[part], videos, fps[part]):
+            yield Sample(caption, video, float(rate), [])
 
 
 @dataclass
@@ -1054,8 +1058,8 @@ def measure_features(args, names):
     if real:
         protocol = {**shared, "size": size, "clips": real.fingerprint(args), "weights": files}
         side = remember(protocol, take_real) if args.cache else take_real()
-        # Generated are the captions of the real clips, at their frame rate.
-        given = {"captions": side["captions"], "fps": float(np.median(side["fps"]))}
+        # Generated are the captions of the real clips, each at its clip's frame rate.
+        given = {"captions": side["captions"], "fps": side["fps"]}
     other = extract(
         fake.samples(args, size, **given), args.num, networks, device, "fake clips",
         size=side and side["size"],

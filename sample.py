@@ -201,7 +201,7 @@ class Pipeline:
         return self.unet.config.latent_size * self.vae.config.factor
 
     def denoiser(self, prompts, fps, guidance, rescale, given, mask, conditioning):
-        """The guided model(x_t, t) -> output for these prompts and given frames.
+        """The guided model(x_t, t) -> output for these prompts, frame rates (b,) and given frames.
 
         given: clean latents (b, c, f, h, w); mask: bool (b, f), True at the frames given there.
         """
@@ -209,7 +209,7 @@ class Pipeline:
         length = self.text_encoder.config.context_length
         tokens, words = self.tokenizer.batch([*prompts, *null], length, self.device)
         context = self.text_encoder(tokens, words)
-        rates = torch.full((len(tokens),), float(fps), device=self.device)
+        rates = torch.tensor(fps, device=self.device).repeat(len(tokens) // len(prompts))
         shown = ()
         if conditioning == "mask":
             shown = [torch.cat([x, x]) if null else x for x in (given, mask)]
@@ -235,7 +235,7 @@ class Pipeline:
         """Videos for a list of prompts: uint8 (len(prompts), f, h, w, 3), f = `frames`.
 
         Prompt i is drawn with seed + i, so its video does not depend on the others. fps: frames per
-        second, which decides how far things move; guidance: 1 is none, larger follows the words
+        second, which decides how far things move, the same for all or one for each prompt; guidance: 1 is none, larger follows the words
         more closely; rescale: see `diffusion.guided`; sampler: a key of `diffusion.SAMPLERS`.
 
         given: {number of a frame: picture}, uint8 (h, w, 3) for all prompts or (len(prompts), h, w,
@@ -249,6 +249,7 @@ class Pipeline:
         given frames or an overlap that do not fit.
         """
         stories = [[prompt] if isinstance(prompt, str) else list(prompt) for prompt in prompts]
+        fps = np.broadcast_to(np.float32(fps), len(stories))
         check_stories(stories, frames, overlap)
         where, pictures = stack_given(given or {}, len(stories), frames, self.size)
         size = self.unet.config.latent_size
@@ -263,7 +264,9 @@ class Pipeline:
             noise = seeded_noise(seed + start, len(stories[part]), shape, self.device)
 
             def draw(sentences, clean, mask):
-                model = self.denoiser(sentences, fps, guidance, rescale, clean, mask, conditioning)
+                model = self.denoiser(
+                    sentences, fps[part], guidance, rescale, clean, mask, conditioning
+                )
                 return SAMPLERS[sampler](
                     model, self.schedule, noise(), steps, randn_like=noise, progress=bar
                 )

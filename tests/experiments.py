@@ -26,7 +26,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
-from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -347,37 +346,45 @@ def chart(curves, x_label, y_label, width=560, height=340):
 # ------------------------------------------------------------------------------ nearest
 
 
-def nearest(checkpoint, data, num, picture):
-    """Does a model repeat its training clips? Distances between clips are root mean squares over
-    all their pixels, in levels of 0 to 255; a median over clips each.
+def root_mean_square(a, b):
+    """Distances between clips, uint8 (..., f, h, w, 3), that broadcast: in levels of 0 to 255."""
+    return np.sqrt(np.square(a - b.astype(np.float32)).mean((-4, -3, -2, -1)))
 
-    "copy": from a training clip to what the autoencoder makes of it, as far as a memorised clip
-    would be; "generated": from a generated clip to the nearest training clip; "real": from a
-    training clip to the nearest other one. In the picture generated clips stand above the training
-    clips nearest to them.
+
+def nearest(checkpoint, data, num, picture):
+    """Does a model repeat its training clips?
+
+    For each clip the distance to the training clip that is nearest to it, a root mean square over
+    all pixels in levels of 0 to 255; a median over clips. "real": training clips, and of the others
+    the nearest; "copy": what the autoencoder makes of them, as near as a memorised clip would be;
+    "generated": for their captions, at their frame rates. FVD is the distance to the training
+    clips. In the picture generated clips stand above the training clips nearest to them.
     """
-    pipeline = load_pipeline(checkpoint, pick_device("auto"))
+    device = pick_device("auto")
+    pipeline = load_pipeline(checkpoint, device)
+    networks, _ = metrics.load_networks(metrics.parse_args(["--fake", data]), ["fvd"], device)
     dataset = VideoFolder(data, size=pipeline.size)
     real = [clip for _, clip in read_ahead(dataset, range(len(dataset))) if clip is not None]
     clips = np.stack([sample.video for sample in real])
     chosen = [real[i % len(real)] for i in range(num)]
-    generated = np.concatenate([
-        pipeline.generate([sample.caption], seed=i, fps=sample.fps)
-        for i, sample in enumerate(tqdm(chosen, desc="generating"))
-    ])
+    generated = pipeline.generate(
+        [sample.caption for sample in chosen], fps=[sample.fps for sample in chosen], progress=True
+    )
     copies = np.stack([spoil(clip, "reconstructed", None, pipeline.vae) for clip in clips])
-
-    def distance(a, b):
-        return np.sqrt(np.square(a - b.astype(np.float32)).mean((-4, -3, -2, -1)))
-
-    found = np.array([distance(clip, clips) for clip in generated])
-    others = np.array([distance(clip, clips) for clip in clips])
-    others[np.diag_indices(len(clips))] = np.inf
-    show(copy=np.median(distance(copies, clips)), generated=np.median(found.min(1)),
-         real=np.median(others.min(1)), num=num)
+    sides, found = {}, {}
+    for name, videos in {"real": clips, "copy": copies, "generated": generated}.items():
+        samples = (replace(s, video=v) for s, v in zip(itertools.cycle(real), videos))
+        sides[name] = metrics.extract(samples, len(videos), networks, device, name)
+        found[name] = np.array([root_mean_square(video, clips) for video in videos])
+        if name == "real":
+            np.fill_diagonal(found[name], np.inf)
+        show(clips=name, num=len(videos), distance=np.median(found[name].min(1)),
+             **metrics.compare(sides["real"], sides[name], ["fvd"]))
+    for warning in metrics.small_sample_warnings(["fvd"], num, FRAMES):
+        print(f"warning: {warning}", file=sys.stderr)
     frames = np.linspace(0, FRAMES - 1, 8).round().astype(int)
     shown = np.linspace(0, num - 1, min(num, 4)).round().astype(int)
-    rows = [v for i in shown for v in (generated[i], clips[found[i].argmin()])]
+    rows = [v for i in shown for v in (generated[i], clips[found["generated"][i].argmin()])]
     sheets = [contact_sheet(video[frames], columns=len(frames)) for video in rows]
     write_picture(picture, np.concatenate(sheets))
 

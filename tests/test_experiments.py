@@ -74,6 +74,32 @@ def test_spoilt_clips():
     assert 10 < np.abs(spoilt["noise"].astype(float) - video).mean() < 25
 
 
+def test_a_model_that_repeats_its_clips_is_found_out(
+    run_script, monkeypatch, tiny_pipeline, tmp_path
+):
+    experiments.write_circles(tmp_path, 5)
+    dataset = VideoFolder(tmp_path, size=32)
+    clips = {dataset[i].caption: dataset[i].video for i in range(len(dataset))}
+
+    def repeat(prompts, fps, progress):
+        assert fps == [dataset[0].fps] * 7
+        return np.stack([clips[prompt] for prompt in prompts])
+
+    pipeline = SimpleNamespace(generate=repeat, vae=tiny_pipeline.vae, size=32)
+    networks = {"i3d": lambda videos: videos.mean((3, 4)).flatten(1)}
+    monkeypatch.setattr(experiments, "load_pipeline", lambda *_: pipeline)
+    monkeypatch.setattr(experiments.metrics, "load_networks", lambda *_: (networks, {}))
+    options = ("--data", tmp_path, "--num", 7, "--picture", tmp_path / "nearest.png")
+    status, out, err = run_script(experiments, "nearest", *options)
+    real, copy, generated = map(json.loads, out.splitlines())
+    assert status == 0 and "7 clips are too few" in err and (tmp_path / "nearest.png").exists()
+    assert [row["clips"] for row in (real, copy, generated)] == ["real", "copy", "generated"]
+    assert [row["num"] for row in (real, copy, generated)] == [5, 5, 7]
+    assert real["fvd"] == 0 and real["distance"] > 1  # to another clip
+    assert copy["fvd"] > 0 and copy["distance"] > 1
+    assert generated["distance"] == 0
+
+
 @pytest.mark.parametrize("words", ["", "nothing", "order --num 0", "slices --steps many"])
 def test_mistakes_are_told_in_one_line(run_script, words):
     status, out, err = run_script(experiments, *words.split())

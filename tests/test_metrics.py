@@ -27,7 +27,7 @@ from data import Thing, render, write_video
 from metrics import FeatureStatistics, InceptionI3D, InceptionV3, MaxPool3D, NumpyUnpickler, Reading
 from metrics import Unit3D, caption_accuracy, frechet_distance, inception_score, kernel_distance
 from metrics import read_things
-from sample import UserError
+from sample import Pipeline, UserError
 
 THING = Thing("red", "star", "", ("right", "grows"), 20.0, 30.0, 0.4)
 PAIR = [
@@ -384,7 +384,7 @@ def test_a_checkpoint_is_given_the_real_captions(command, tiny_checkpoint, folde
     generate = metrics.generate_clips
 
     def spy(pipeline, captions, args, fps=None, frames=None):
-        seen.append((list(captions), fps))
+        seen.append((list(captions), np.broadcast_to(fps, len(captions)).tolist()))
         return generate(pipeline, captions, args, fps, frames)
 
     monkeypatch.setattr(metrics, "generate_clips", spy)
@@ -392,13 +392,33 @@ def test_a_checkpoint_is_given_the_real_captions(command, tiny_checkpoint, folde
     status, result = command("--real", "shapes", *arguments)
     assert status == 0 and result["fvd"] > 0
     dataset = MovingShapes(3, seed=0, frames=9, fps=FPS)
-    assert seen[0] == ([dataset.describe(i)[0] for i in range(3)], FPS)
+    assert seen[0] == ([dataset.describe(i)[0] for i in range(3)], [FPS] * 3)
     assert result["protocol"]["size"] == [32, 32]  # shapes are drawn in the model's size
     assert result["protocol"]["steps"] == 1
     status, result = command("--real", folder, *arguments)
     assert status == 0 and set(seen[1][0]) <= {"class 0", "class 1"}
     status, result = command(*arguments, "--metrics", "is")  # alone
     assert status == 0 and result["is_i3d"]["mean"] >= 1
+
+
+def test_clips_are_generated_at_the_frame_rates_of_the_real_ones(
+    command, tiny_checkpoint, monkeypatch, tmp_path
+):
+    """Nine frames of a longer video are further apart in time."""
+    video = MovingShapes(1, frames=14, size=32, fps=FPS)[0].video
+    video[range(14), range(14)] = 255
+    for frames in (10, 12, 14):
+        write_video(tmp_path / "videos" / f"{frames}.gif", video[:frames], FPS)
+    rates, generate = [], Pipeline.generate
+
+    def spy(pipeline, prompts, seed, frames, fps, *rest, **options):
+        rates.extend(fps)
+        return generate(pipeline, prompts, seed, frames, fps, *rest, **options)
+
+    monkeypatch.setattr(Pipeline, "generate", spy)
+    arguments = ("--fake", tiny_checkpoint, "--num", 3, "--frames", 9, "--steps", 1)
+    assert command("--real", tmp_path / "videos", *arguments)[0] == 0
+    assert sorted(rates) == pytest.approx([8 * FPS / n for n in (13, 11, 9)], rel=0.05)
 
 
 def test_the_cache_is_kept_by_protocol(command, folder, monkeypatch, tmp_path):

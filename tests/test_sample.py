@@ -55,6 +55,15 @@ def test_sample_i_has_the_seed_plus_i(tiny_pipeline, float32, sampler):
     assert distance(together[0], together[1]) > 8
 
 
+def test_every_prompt_may_have_its_own_frame_rate(tiny_pipeline, float32):
+    both = tiny_pipeline.generate([PROMPT] * 3, seed=5, fps=[8, 12, 8], steps=3, batch_size=2)
+    for i, fps in enumerate((8, 12, 8)):
+        alone = tiny_pipeline.generate([PROMPT], seed=5 + i, fps=fps, steps=3)[0]
+        assert distance(alone, both[i]) <= 1
+    other = tiny_pipeline.generate([PROMPT], seed=6, fps=8, steps=3)[0]
+    assert distance(other, both[1]) > 1
+
+
 def test_batch_size_does_not_change_the_videos(tiny_pipeline, float32):
     prompts = [PROMPT, "a star spins", "a small blue ring grows", "a green square stays still"]
     one, three, all_four = (
