@@ -355,36 +355,43 @@ def nearest(checkpoint, data, num, picture):
     """Does a model repeat its training clips?
 
     For each clip the distance to the training clip that is nearest to it, a root mean square over
-    all pixels in levels of 0 to 255; a median over clips. "real": training clips, and of the others
-    the nearest; "copy": what the autoencoder makes of them, as near as a memorised clip would be;
-    "generated": for their captions, at their frame rates. FVD is the distance to the training
-    clips. In the picture generated clips stand above the training clips nearest to them.
+    all pixels in levels of 0 to 255, the median over clips; and how often that one has the same
+    caption. "real": training clips, each among the others; "copy": what the autoencoder makes of
+    them, as near as a memorised clip would be; "generated": for their captions, at the frame rates
+    of their clips, or at one for all, which gives nothing away. FVD is that to the training clips.
+    In the picture generated clips stand above the training clips nearest to them.
     """
     device = pick_device("auto")
     pipeline = load_pipeline(checkpoint, device)
     networks, _ = metrics.load_networks(metrics.parse_args(["--fake", data]), ["fvd"], device)
     dataset = VideoFolder(data, size=pipeline.size)
     real = [clip for _, clip in read_ahead(dataset, range(len(dataset))) if clip is not None]
-    clips = np.stack([sample.video for sample in real])
-    chosen = [real[i % len(real)] for i in range(num)]
-    generated = pipeline.generate(
-        [sample.caption for sample in chosen], fps=[sample.fps for sample in chosen], progress=True
-    )
-    copies = np.stack([spoil(clip, "reconstructed", None, pipeline.vae) for clip in clips])
+    clips, captions = np.stack([sample.video for sample in real]), [s.caption for s in real]
+    chosen = list(itertools.islice(itertools.cycle(real), num))
+    asked, rates = [s.caption for s in chosen], [s.fps for s in chosen]
+    videos = {
+        "real": clips,
+        "copy": np.stack([spoil(clip, "reconstructed", None, pipeline.vae) for clip in clips]),
+        "generated": pipeline.generate(asked, fps=rates, progress=True),
+        "generated, one rate": pipeline.generate(asked, fps=np.median(rates), progress=True),
+    }
     sides, found = {}, {}
-    for name, videos in {"real": clips, "copy": copies, "generated": generated}.items():
-        samples = (replace(s, video=v) for s, v in zip(itertools.cycle(real), videos))
-        sides[name] = metrics.extract(samples, len(videos), networks, device, name)
-        found[name] = np.array([root_mean_square(video, clips) for video in videos])
+    for name, some in videos.items():
+        samples = (replace(s, video=v) for s, v in zip(itertools.cycle(real), some))
+        sides[name] = metrics.extract(samples, len(some), networks, device, name)
+        distances = np.array([root_mean_square(video, clips) for video in some])
         if name == "real":
-            np.fill_diagonal(found[name], np.inf)
-        show(clips=name, num=len(videos), distance=np.median(found[name].min(1)),
-             **metrics.compare(sides["real"], sides[name], ["fvd"]))
+            np.fill_diagonal(distances, np.inf)
+        found[name] = distances.argmin(1)
+        same = [captions[i] == captions[j % len(real)] for j, i in enumerate(found[name])]
+        show(clips=name, num=len(some), distance=np.median(distances.min(1)),
+             same_caption=np.mean(same), **metrics.compare(sides["real"], sides[name], ["fvd"]))
     for warning in metrics.small_sample_warnings(["fvd"], num, FRAMES):
         print(f"warning: {warning}", file=sys.stderr)
     frames = np.linspace(0, FRAMES - 1, 8).round().astype(int)
-    shown = np.linspace(0, num - 1, min(num, 4)).round().astype(int)
-    rows = [v for i in shown for v in (generated[i], clips[found["generated"][i].argmin()])]
+    rows = []
+    for i in np.linspace(0, num - 1, min(num, 4)).round().astype(int):
+        rows += [videos["generated"][i], clips[found["generated"][i]]]
     sheets = [contact_sheet(video[frames], columns=len(frames)) for video in rows]
     write_picture(picture, np.concatenate(sheets))
 

@@ -82,7 +82,7 @@ def test_a_model_that_repeats_its_clips_is_found_out(
     clips = {dataset[i].caption: dataset[i].video for i in range(len(dataset))}
 
     def repeat(prompts, fps, progress):
-        assert fps == [dataset[0].fps] * 7
+        assert np.allclose(fps, dataset[0].fps) and len(prompts) == 7
         return np.stack([clips[prompt] for prompt in prompts])
 
     pipeline = SimpleNamespace(generate=repeat, vae=tiny_pipeline.vae, size=32)
@@ -91,13 +91,13 @@ def test_a_model_that_repeats_its_clips_is_found_out(
     monkeypatch.setattr(experiments.metrics, "load_networks", lambda *_: (networks, {}))
     options = ("--data", tmp_path, "--num", 7, "--picture", tmp_path / "nearest.png")
     status, out, err = run_script(experiments, "nearest", *options)
-    real, copy, generated = map(json.loads, out.splitlines())
+    real, copy, generated, one_rate = map(json.loads, out.splitlines())
     assert status == 0 and "7 clips are too few" in err and (tmp_path / "nearest.png").exists()
-    assert [row["clips"] for row in (real, copy, generated)] == ["real", "copy", "generated"]
-    assert [row["num"] for row in (real, copy, generated)] == [5, 5, 7]
-    assert real["fvd"] == 0 and real["distance"] > 1  # to another clip
+    assert [row["num"] for row in (real, copy, generated, one_rate)] == [5, 5, 7, 7]
+    assert real["fvd"] == 0 and real["distance"] > 1 and real["same_caption"] == 0  # another clip
     assert copy["fvd"] > 0 and copy["distance"] > 1
-    assert generated["distance"] == 0
+    assert generated["distance"] == 0 and generated["same_caption"] == 1
+    assert one_rate == generated | {"clips": "generated, one rate"}
 
 
 @pytest.mark.parametrize("words", ["", "nothing", "order --num 0", "slices --steps many"])
