@@ -411,15 +411,16 @@ def read_frames(path, pick, size, place=(0.5, 0.5)):
     """
     import av  # takes a while to import, and the built-in data does without
 
+    broken = (av.error.FFmpegError, OSError, ValueError, EOFError, SyntaxError)
     try:
         read = _read_folder if os.path.isdir(path) else _read_file
         frames, times = read(path, pick, size)
+        if size is None:
+            return np.stack(frames), times
     except VideoError:
         raise
-    except (av.error.FFmpegError, OSError, ValueError, EOFError, SyntaxError) as error:
+    except (*broken, Image.DecompressionBombError) as error:
         raise VideoError(_reason(error)) from error
-    if size is None:
-        return np.stack(frames), times
     cut = []
     for frame in frames:
         top, left = (round((n - size) * p) for n, p in zip(frame.shape, place))
@@ -445,6 +446,8 @@ def _read_folder(path, pick, size):
         return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
 
     names = [name for name in os.listdir(path) if _suffix(name) in IMAGES and name[0] != "."]
+    if not names:
+        raise VideoError("a folder without pictures")
     names.sort(key=number_order)
     times, frames = np.arange(len(names)) / FOLDER_FPS, []
     index = pick(times)
@@ -595,7 +598,7 @@ def find_captions(folder):
     a caption is missing.
     """
     folder = Path(folder)
-    if not folder.is_dir():
+    if not os.path.isdir(folder):  # Path.is_dir raises an error for names that are too long
         raise DataError(f"{folder} is neither a folder of videos nor `shapes`, the built-in clips")
     for name in CAPTION_FILES:
         if (folder / name).is_file():
@@ -677,7 +680,7 @@ def _read_captions(folder, name):
         raise DataError(f"{path} cannot be read after clip {len(items)}: {error}") from error
     if not items:
         raise DataError(f"{path} names no videos")
-    missing = [video for video, _ in items if not (folder / video).exists()]
+    missing = [video for video, _ in items if not os.path.exists(folder / video)]
     if missing:
         raise DataError(f"{path}: {len(missing)} of {len(items)} files do not exist, such as "
                         f"{missing[0]}")

@@ -63,12 +63,16 @@ class UserError(Exception):
 
 
 def run_command(command):
-    """Call `command()` for a command line: a UserError, or an unusable data set, ends it with one
-    line and exit status 2."""
+    """Call `command()` for a command line: a UserError, an unusable data set, or a disk that is
+    full or cannot be written ends it with one line and exit status 2."""
     try:
         command()
     except (UserError, DataError) as error:
         print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"error: {where}{error.strerror or error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -140,9 +144,12 @@ def load_tensors(path, kind):
 
 
 def save_atomically(checkpoint, path):
-    """torch.save that leaves the old file or the new one, never half of one."""
+    """torch.save that leaves the old file or the new one, never half of one. Raises UserError."""
     with atomic_path(path) as temporary:
-        torch.save(checkpoint, temporary)
+        try:
+            torch.save(checkpoint, temporary)
+        except RuntimeError as error:  # so PyTorch calls what went wrong with the disk
+            raise UserError(f"cannot write {path}: is the disk full?") from error
 
 
 def load_checkpoint(path, *parts):
@@ -417,7 +424,7 @@ def parse_args(argv=None):
     )
     group.add_argument("--frames", type=number(int, 1, 512), default=FRAMES, help="(%(default)s)")
     group.add_argument(
-        "--fps", type=number(float, 0.1, 240), default=FPS,
+        "--fps", type=number(float, 0.1, 1000), default=FPS,
         help=f"frames per second, {FPS_RANGE[0]:g} to {FPS_RANGE[1]:g} in training: with fewer, "
         "things move further from frame to frame (%(default)s)",
     )

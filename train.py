@@ -554,6 +554,9 @@ def open_dataset(args, config, size):
         return MovingShapes(config.videos, seed=args.seed, size=size)
     if args.videos is not None:
         raise UserError("--videos is for --data shapes; a folder has as many as there are in it")
+    if Path(args.out).resolve().is_relative_to(Path(args.data).resolve()):
+        raise UserError(f"--out {args.out} lies inside --data {args.data}: its sample videos would "
+                        "be taken for data")
     dataset = VideoFolder(args.data, seed=args.seed, size=size, **clips)
     say(f"{args.data}: {len(dataset)} videos, captions from {dataset.source}, for example "
         f'"{dataset.caption(0)}"')
@@ -723,18 +726,22 @@ def encode_dataset(vae, dataset, device, out):
     weights = b"".join(v.numpy(force=True).tobytes() for v in vae.state_dict().values())
     key = hashlib.sha256(weights + Path(data.__file__).read_bytes())
     key.update(dataset.identity().encode())
-    state = json.loads(contents.read_text()) if file.is_file() and contents.is_file() else {}
-    if state.get("key") != key.hexdigest():
-        contents.unlink(missing_ok=True)  # first: it must never speak of another file
-        file.write_bytes(b"")
-        state = {"key": key.hexdigest(), "done": 0, "clips": [], "fps": [], "skipped": {}}
-    dataset.skipped.update(state["skipped"])
-
     side = dataset.size // vae.config.factor
     shape = (vae.config.latent_channels, dataset.frames, side, side)
+    state = {}
+    if file.is_file() and contents.is_file():
+        with contextlib.suppress(ValueError):  # damaged: encoded again
+            state = json.loads(contents.read_text())
+    size = 2 * math.prod(shape) * len(state.get("clips", []))  # in bytes
+    if state.get("key") != key.hexdigest() or file.stat().st_size < size:
+        contents.unlink(missing_ok=True)  # first: it must never speak of another file
+        file.write_bytes(b"")
+        state, size = {"key": key.hexdigest(), "done": 0, "clips": [], "fps": [], "skipped": {}}, 0
+    dataset.skipped.update(state["skipped"])
+
     todo = range(state["done"], len(dataset))
     with file.open("rb+") as latents:
-        latents.seek(len(state["clips"]) * 2 * math.prod(shape))
+        latents.seek(size)
         clips = read_ahead(dataset, todo)
         for i, sample in progress(clips, "encoding", state["done"], len(dataset)):
             if sample is not None:
@@ -935,7 +942,7 @@ def parse_args(argv=None):
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("stage", choices=["vae", "diffusion"], help="which half to train")
     parser.add_argument(
-        "--data", default="shapes", metavar="shapes|FOLDER",
+        "--data", default="shapes", metavar="shapes|FOLDER", type=os.path.normpath,
         help="the built-in captioned clips, or a folder of videos (%(default)s)",
     )
     parser.add_argument("--out", required=True, help="the run folder, for example runs/shapes")

@@ -562,6 +562,24 @@ def test_an_unusable_video_is_skipped_with_the_reason(tmp_path, name):
         dataset.random_frames(bad, np.random.default_rng(0), 2)
 
 
+def test_frames_that_make_no_video(tmp_path, monkeypatch):
+    """A folder without any, which only a caption file can name; some of another size, where no size
+    is asked for; one too large for Pillow to open."""
+    clip = tmp_path / "clip"
+    clip.mkdir()
+    (tmp_path / "captions.csv").write_text("file,caption\nclip,nothing\n")
+    with pytest.raises(VideoError, match="without pictures"):
+        VideoFolder(tmp_path, frames=4, size=16).random_frames(0, np.random.default_rng(0), 2)
+    for i in range(4):
+        Image.new("RGB", (16, 16 + 16 * (i == 3))).save(clip / f"{i}.png")
+    assert read_frames(clip, every, 16)[0].shape == (4, 16, 16, 3)
+    with pytest.raises(VideoError, match="same shape"):
+        read_frames(clip, every, None)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 16 * 16 // 2)
+    with pytest.raises(VideoError, match="exceeds limit"):
+        read_frames(clip, every, 16)
+
+
 def test_nothing_left_is_an_error(tmp_path):
     for name in ("text.avi", "empty.mp4", "one.gif"):
         BAD[name][0](tmp_path / name)

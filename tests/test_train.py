@@ -880,6 +880,17 @@ def test_interrupted_encoding_goes_on_where_it_stopped(preset, tmp_path):
     assert latents.shape == (230, 4, 2, 2, 2) and len(latents.unique()) > 1000
 
 
+@pytest.mark.parametrize("damage", ["file cut", "contents cut"])
+def test_damaged_latents_are_encoded_again(preset, tmp_path, damage):
+    model, dataset = AutoencoderKL(preset.vae), MovingShapes(6, size=16, frames=2)
+    with encoder_calls() as calls:
+        latents = train.encode_dataset(model, dataset, CPU, tmp_path)[2].clone()
+        path = tmp_path / ("latents.bin" if damage == "file cut" else "latents.json")
+        os.truncate(path, path.stat().st_size // 2)
+        again = train.encode_dataset(model, dataset, CPU, tmp_path)[2]
+    assert len(calls) == 12 and torch.equal(latents, again)
+
+
 def test_latents_are_mapped_and_never_written_to(preset, tmp_path):
     model, dataset = AutoencoderKL(preset.vae), MovingShapes(3, size=16, frames=2)
     latents = train.encode_dataset(model, dataset, CPU, tmp_path)[2]
@@ -1388,6 +1399,24 @@ def test_the_parts_of_a_preset_fit_together(name):
             optimizer.step()
     longest = sum(preset.text.context_length >= len(p) + 2 for p in train.PROMPTS)
     assert longest == len(train.PROMPTS)  # even if every byte were a token
+
+
+def test_a_run_inside_its_data_is_refused(run_script, tmp_path):
+    """Its own sample videos would become training videos."""
+    status, _, err = run_script(train, "vae", "--data", tmp_path, "--out", tmp_path / "runs/one")
+    assert status == 2 and "lies inside --data" in err and err.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no /dev/full")
+def test_a_full_disk_is_told_in_one_line(run_script, preset, monkeypatch, tmp_path):
+    torch_save = torch.save
+    monkeypatch.setattr(torch, "save", lambda what, _: torch_save(what, "/dev/full"))
+    monkeypatch.setitem(train.PRESETS, "shapes", preset)
+    status, _, err = run_script(train, "vae", "--out", tmp_path)
+    assert status == 2 and err.splitlines()[-1].startswith("error: cannot write ")
+    status, _, err = run_script(train, "vae", "--out", tmp_path / ("x" * 300))
+    assert status == 2 and "File name too long" in err and "Traceback" not in err
 
 
 def test_the_command_line_replaces_the_preset_of_its_own_stage():
