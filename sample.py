@@ -49,8 +49,8 @@ CONDITIONINGS = ("mask", "replacement", "reconstruction")
 # Frames that a chunk takes over from the one before. In training all frames do what the caption
 # says, so a new sentence is at odds with several frames of the old motion: in 20 stories of "moves
 # right", "moves up" and the like, neighbouring frames differed as much at the seam as elsewhere
-# with 1, and 1.5 times as much with 4. Where the sentence stays the same ("spins") 4 are better:
-# as much, and 1.3 times with 1. (python tests/experiments.py tasks)
+# with 1, and 1.6 times as much with 4. Where the sentence stays the same ("spins") 4 are as smooth,
+# and more of the stories are told. (python tests/experiments.py tasks)
 OVERLAP = 1
 
 
