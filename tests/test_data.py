@@ -568,7 +568,7 @@ def test_frames_that_make_no_video(tmp_path, monkeypatch):
     clip = tmp_path / "clip"
     clip.mkdir()
     (tmp_path / "captions.csv").write_text("file,caption\nclip,nothing\n")
-    with pytest.raises(VideoError, match="without pictures"):
+    with pytest.raises(DataError, match="none of the 1 videos .* a folder without pictures"):
         VideoFolder(tmp_path, frames=4, size=16).random_frames(0, np.random.default_rng(0), 2)
     for i in range(4):
         Image.new("RGB", (16, 16 + 16 * (i == 3))).save(clip / f"{i}.png")
