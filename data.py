@@ -411,7 +411,8 @@ def read_frames(path, pick, size, place=(0.5, 0.5)):
     """
     import av  # takes a while to import, and the built-in data does without
 
-    broken = (av.error.FFmpegError, OSError, ValueError, EOFError, SyntaxError)
+    broken = (av.error.FFmpegError, Image.DecompressionBombError, OSError, ValueError, EOFError,
+              SyntaxError)
     try:
         read = _read_folder if os.path.isdir(path) else _read_file
         frames, times = read(path, pick, size)
@@ -419,7 +420,7 @@ def read_frames(path, pick, size, place=(0.5, 0.5)):
             return np.stack(frames), times
     except VideoError:
         raise
-    except (*broken, Image.DecompressionBombError) as error:
+    except broken as error:
         raise VideoError(_reason(error)) from error
     cut = []
     for frame in frames:

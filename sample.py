@@ -242,8 +242,9 @@ class Pipeline:
         """Videos for a list of prompts: uint8 (len(prompts), f, h, w, 3), f = `frames`.
 
         Prompt i is drawn with seed + i, so its video does not depend on the others. fps: frames per
-        second, which decides how far things move, the same for all or one for each prompt; guidance: 1 is none, larger follows the words
-        more closely; rescale: see `diffusion.guided`; sampler: a key of `diffusion.SAMPLERS`.
+        second, which decides how far things move, for all or one for each prompt; guidance: 1 is
+        none, larger follows the words more closely; rescale: see `diffusion.guided`; sampler: a key
+        of `diffusion.SAMPLERS`.
 
         given: {number of a frame: picture}, uint8 (h, w, 3) for all prompts or (len(prompts), h, w,
         3); these frames come back as they are. conditioning: one of CONDITIONINGS.

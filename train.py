@@ -953,9 +953,7 @@ def parse_args(argv=None):
         "--init", metavar="CHECKPOINT",
         help="start from trained weights: a vae.pt, or a model.pt to fine-tune",
     )
-    parser.add_argument(
-        "--resume", action="store_true", help="go on where the run in --out stopped"
-    )
+    parser.add_argument("--resume", action="store_true", help="go on where the run stopped")
     parser.add_argument(
         "--tensorboard", action="store_true",
         help="also write the log for TensorBoard, if that package is installed",

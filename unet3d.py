@@ -67,8 +67,8 @@ def attention(q, k, v, mask=None):
     """softmax(Q K^T / sqrt(d)) V, (..., i, d); v (..., j, d); Vaswani 2017, eq. 1."""
     if q.is_cuda or k.shape[-2] > 128:  # fused: never writes the (i, j) matrix to memory
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-    # On a CPU the fused kernel takes longer for sequences as short as most here: 1.1 to 1.6 times in
-    # float32 on an Intel Xeon, 3 to 7 times in bfloat16 on an AMD EPYC.
+    # On a CPU the fused kernel takes longer for sequences as short as most here: 1.1 to 1.6 times
+    # in float32 on an Intel Xeon, 3 to 7 times in bfloat16 on an AMD EPYC.
     return attention_weights(q, k, mask).to(v.dtype) @ v
 
 
