@@ -366,7 +366,7 @@ def nearest(checkpoint, data, num, picture):
     networks, _ = metrics.load_networks(metrics.parse_args(["--fake", data]), ["fvd"], device)
     dataset = VideoFolder(data, size=pipeline.size)
     real = [clip for _, clip in read_ahead(dataset, range(len(dataset))) if clip is not None]
-    clips, captions = np.stack([sample.video for sample in real]), [s.caption for s in real]
+    clips = np.stack([sample.video for sample in real])
     chosen = list(itertools.islice(itertools.cycle(real), num))
     asked, rates = [s.caption for s in chosen], [s.fps for s in chosen]
     videos = {
@@ -383,7 +383,7 @@ def nearest(checkpoint, data, num, picture):
         if name == "real":
             np.fill_diagonal(distances, np.inf)
         found[name] = distances.argmin(1)
-        same = [captions[i] == captions[j % len(real)] for j, i in enumerate(found[name])]
+        same = [s.caption == real[i].caption for s, i in zip(itertools.cycle(real), found[name])]
         show(clips=name, num=len(some), distance=np.median(distances.min(1)),
              same_caption=np.mean(same), **metrics.compare(sides["real"], sides[name], ["fvd"]))
     for warning in metrics.small_sample_warnings(["fvd"], num, FRAMES):
