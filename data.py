@@ -1,32 +1,32 @@
-"""Captioned videos: the built-in `MovingShapes`, `VideoFolder` for real ones, and video files.
+"""Captioned videos out of a folder: value ranges, video files, captions, `VideoFolder`.
 
-`MovingShapes` draws clips such as "a red circle moves right, then up". Every sample is a pure
-function of (seed, index), so nothing is stored on disk and two people train on the same data.
-`VideoFolder` finds videos and their captions in a folder, such as UCF-101, and decodes clips.
-
-    python data.py            # writes a contact sheet of examples: samples/shapes.png
+`VideoFolder` finds videos and their captions in a folder, such as UCF-101, and decodes clips. The
+built-in data set is in shapes.py.
 
 Letters used here: `f` frames, `h w` height and width. Videos at this edge of the program are uint8
 arrays of shape (f, h, w, 3); `to_model` and `to_uint8` convert to and from float (b, c, f, h, w) in
 [-1, 1], which is what every network sees. No other range exists in the project.
 """
 
-import contextlib
 import copy
 import csv
 import json
 import os
 import re
-import zlib
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from einops import rearrange
 from PIL import Image, ImageOps
+
+from tools import UserError, atomic_path
+
+FRAMES = 16  # of a clip
+FPS = 8.0  # frames per second, where nothing else is said
 
 # ------------------------------------------------------------------------------ value ranges
 
@@ -43,181 +43,6 @@ def to_uint8(video):
     return rearrange(video, "b c f h w -> b f h w c").round().to(torch.uint8).cpu().numpy()
 
 
-# ------------------------------------------------------------------------------ MovingShapes
-
-BACKGROUND = (18, 20, 28)
-COLOURS = {
-    "red": (230, 45, 45),
-    "green": (40, 195, 80),
-    "blue": (60, 110, 250),
-    "yellow": (245, 210, 50),
-    "purple": (170, 70, 220),
-    "white": (245, 245, 245),
-}
-# Circumscribed radius relative to the object's nominal one: a triangle needs a longer reach than a
-# circle to look equally large.
-REACH = {"circle": 0.95, "square": 1.2, "triangle": 1.35, "star": 1.4, "ring": 1.05}
-RADII = {"small": 6.0, "": 8.0, "big": 10.0}  # pixels, of a 64-pixel frame
-MOTIONS = ("left", "right", "up", "down", "grows", "shrinks", "spins", "stays still")
-DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
-SPEED = 16.0  # pixels per second
-GROWTH = 0.3  # change of log radius per second
-SPIN = np.pi / 2  # radians per second, clockwise
-# Objects begin nearly upright. Captions say nothing of an angle; where any was equally likely, a
-# model drew squares as discs, about the mean of all angles, while it had circles all right.
-TILT = 0.1  # radians, either way
-UPRIGHT = {"square": np.pi / 4}  # angle at which a shape stands upright; 0 has a corner on top
-FPS_RANGE = (8.0, 12.0)  # frames per second drawn in training; 8 is the default elsewhere
-FPS = 8.0
-FRAMES, SIZE = 16, 64
-
-# (regular polygon's corners, inner radius / outer radius) of the folded half-plane below. A ratio
-# of cos(pi / n) makes the edge straight: a triangle and a square are stars without notches.
-POLYGONS = {
-    "triangle": (3, np.cos(np.pi / 3)),
-    "square": (4, np.cos(np.pi / 4)),
-    "star": (5, 0.45),
-}
-
-
-def shape_distance(shape, x, y, angle):
-    """Signed distance to a shape of nominal radius 1 at the origin; negative inside.
-
-    x, y: arrays of coordinates; angle: radians, clockwise on the screen (y points down). For
-    polygons this is the distance to the nearest edge's line (exact inside, a lower bound beyond a
-    corner).
-    """
-    rho = np.sqrt(x * x + y * y)
-    if shape == "circle":
-        return rho - REACH["circle"]
-    if shape == "ring":
-        return np.abs(rho - 0.75 * REACH["ring"]) - 0.25 * REACH["ring"]
-    corners, inner = POLYGONS[shape]
-    # All edges are images of one under rotation and reflection: fold the angle onto it.
-    sector = np.float32(2 * np.pi / corners)
-    phi = np.arctan2(x, -y) - angle  # 0 points up, growing clockwise
-    phi = np.abs(phi - sector * np.round(phi / sector))
-    # The edge runs from the corner (1, 0) to the notch at half a sector; n is its outward normal.
-    notch = inner * np.array([np.cos(sector / 2), np.sin(sector / 2)])
-    n = np.array([notch[1], 1 - notch[0]]) / np.hypot(notch[1], 1 - notch[0])
-    n_x, n_y = np.float32(n)
-    return n_x * rho * np.cos(phi) + n_y * rho * np.sin(phi) - n_x * np.float32(REACH[shape])
-
-
-@dataclass(frozen=True)
-class Thing:
-    """One object of a scene. x, y, radius in pixels of a 64-pixel frame; angle in radians."""
-
-    colour: str
-    shape: str
-    size: str  # "small", "" or "big"
-    actions: tuple  # one or two of MOTIONS; the second starts at half of the clip
-    x: float
-    y: float
-    angle: float
-
-    def path(self, frames, fps):
-        """x, y, radius, angle of every frame: float32 arrays of shape (frames,).
-
-        Each action lasts for its share of the clip (the whole, or one half), so the clip always
-        covers all that the caption says; the rates are per second, so `fps` decides how far the
-        object gets.
-        """
-        time = np.arange(frames) / fps
-        share = frames / fps / len(self.actions)
-        state = np.zeros((4, frames))  # x, y, log radius, angle
-        for i, action in enumerate(self.actions):
-            spent = np.clip(time - i * share, 0, share)  # seconds spent in this action so far
-            state += np.outer(rates(action), spent)
-        start = [self.x, self.y, np.log(RADII[self.size]), self.angle]
-        state += np.array(start)[:, None]
-        state[2] = np.exp(state[2])
-        return state.astype(np.float32)
-
-
-def rates(action):
-    """Velocity (x, y, log radius, angle) per second of a motion word, shape (4,)."""
-    dx, dy = DIRECTIONS.get(action, (0, 0))
-    growth = {"grows": GROWTH, "shrinks": -GROWTH}.get(action, 0)
-    return np.array([SPEED * dx, SPEED * dy, growth, SPIN if action == "spins" else 0])
-
-
-def place_in_frame(thing, rng, frames, fps):
-    """The same thing, which begins at 0, 0, somewhere where nothing of it leaves the frame on the
-    way."""
-    x, y, radius, _ = thing.path(frames, fps)
-    reach = radius * REACH[thing.shape] + 1
-    x = rng.uniform((reach - x).max(), (SIZE - reach - x).min())
-    y = rng.uniform((reach - y).max(), (SIZE - reach - y).min())
-    return replace(thing, x=x, y=y)
-
-
-def held_out(colour, shape, actions):
-    """The fixed rule that keeps a tenth of the (colour, shape, actions) combinations from
-    training."""
-    return zlib.crc32(f"{colour} {shape} {', '.join(actions)}".encode()) % 10 == 0
-
-
-def render(things, frames=FRAMES, fps=FPS, size=SIZE):
-    """Draw a scene: uint8 (f, size, size, 3), anti-aliased; later objects lie over earlier ones."""
-    scale = np.float32(SIZE / size)
-    video = np.empty((frames, size, size, 3), np.uint8)
-    video[:] = BACKGROUND
-    for thing in things:
-        x, y, radius, angle = thing.path(frames, fps)
-        # Only the square that the object can touch is drawn: most of a frame is background.
-        reach = (radius * REACH[thing.shape]).max() + 2
-        low_x, high_x = int((x.min() - reach) / scale), int((x.max() + reach) / scale) + 1
-        low_y, high_y = int((y.min() - reach) / scale), int((y.max() + reach) / scale) + 1
-        columns = slice(max(low_x, 0), min(high_x, size))
-        rows = slice(max(low_y, 0), min(high_y, size))
-        grid = (np.arange(size, dtype=np.float32) + np.float32(0.5)) * scale
-        radius = radius[:, None, None]
-        u = (grid[None, None, columns] - x[:, None, None]) / radius
-        v = (grid[None, rows, None] - y[:, None, None]) / radius
-        distance = shape_distance(thing.shape, u, v, angle[:, None, None]) * (radius / scale)
-        coverage = np.clip(0.5 - distance, 0, 1)[..., None]  # of a pixel: one pixel wide edges
-        region = video[:, rows, columns]
-        colour = np.array(COLOURS[thing.colour], np.float32)
-        region[:] = region + coverage * (colour - region) + np.float32(0.5)
-    return video
-
-
-# The first wording of each motion is the canonical one.
-WORDINGS = {
-    "left": ("moves left", "goes to the left", "slides left"),
-    "right": ("moves right", "goes to the right", "slides right"),
-    "up": ("moves up", "goes up", "rises"),
-    "down": ("moves down", "goes down", "sinks"),
-    "grows": ("grows", "gets bigger"),
-    "shrinks": ("shrinks", "gets smaller"),
-    "spins": ("spins", "turns around"),
-    "stays still": ("stays still", "does not move"),
-}
-
-
-def describe(things, rng=None):
-    """The caption of a scene; canonical wording, or varied by `rng` in half of the captions."""
-    varied = rng is not None and rng.random() < 0.5
-
-    def word(action):
-        options = WORDINGS[action]
-        return options[rng.integers(len(options))] if varied else options[0]
-
-    clauses = []
-    for thing in things:
-        size = "large" if varied and thing.size == "big" and rng.random() < 0.5 else thing.size
-        first = word(thing.actions[0])
-        clause = " ".join(filter(None, ["a", size, thing.colour, thing.shape, first]))
-        if len(thing.actions) == 2:
-            second = word(thing.actions[1])
-            if first.startswith("moves ") and second.startswith("moves "):
-                second = second.removeprefix("moves ")  # "moves right, then up"
-            clause += f"{' and' if varied and rng.random() < 0.3 else ','} then {second}"
-        clauses.append(clause)
-    return " while ".join(clauses)
-
-
 @dataclass(frozen=True)
 class Sample:
     """A captioned clip. video: uint8 (f, h, w, 3); fps: frames per second; scene: list of `Thing`,
@@ -227,85 +52,6 @@ class Sample:
     video: np.ndarray
     fps: float
     scene: list = None
-
-
-class MovingShapes:
-    """Procedural captioned clips; `dataset[i]` is a `Sample`, a pure function of (seed, i).
-
-    split "train" leaves out the combinations of `held_out`; "heldout" has nothing but these, always
-    a single object. `objects` fixes the number of objects (1 or 2; None draws it). `fps` fixes the
-    frame rate (None draws it from FPS_RANGE). Raises ValueError for unknown or contradictory
-    settings.
-    """
-
-    two_objects = 0.2  # share of scenes with two objects
-    two_actions = 0.65  # share of single-object scenes with two actions in order
-    skipped = {}  # as in `VideoFolder`: nothing here can be unreadable
-
-    def __init__(
-        self, length=10_000, split="train", seed=0, frames=FRAMES, size=SIZE, fps=None, objects=None
-    ):
-        if split not in ("train", "heldout"):
-            raise ValueError(f"unknown split {split!r}: choose train or heldout")
-        if split == "heldout" and objects == 2:
-            raise ValueError("the held-out split has single objects only")
-        self.length, self.split, self.seed = length, split, seed
-        self.frames, self.size, self.fps = frames, size, fps
-        self.objects = 1 if split == "heldout" else objects
-
-    def __len__(self):
-        return self.length
-
-    def __getitem__(self, index):
-        caption, fps, scene = self.describe(index)
-        return Sample(caption, render(scene, self.frames, fps, self.size), fps, scene)
-
-    def caption(self, index):
-        return self.describe(index)[0]
-
-    def random_frames(self, index, rng, count):
-        """`count` different frames of a clip: uint8 (count, h, w, 3)."""
-        return self[index].video[rng.choice(self.frames, count, replace=False)]
-
-    def identity(self):
-        """All that the pictures depend on, besides the source code, as text."""
-        return repr(sorted(vars(self).items()))
-
-    def describe(self, index):
-        """Caption, frame rate and scene of a sample without drawing it."""
-        if not 0 <= index < self.length:
-            raise IndexError(index)
-        rng = np.random.default_rng((self.seed, index, self.split == "heldout"))
-        fps = self.fps or rng.uniform(*FPS_RANGE)
-        count = self.objects or 1 + int(rng.random() < self.two_objects)
-        scene = None
-        while scene is None:  # a scene whose objects would collide is drawn again
-            scene = self._scene(rng, count, fps)
-        return describe(scene, rng), fps, scene
-
-    def _scene(self, rng, count, fps):
-        colours = rng.permutation(list(COLOURS))  # distinct, so that words tell objects apart
-        scene = [self._thing(rng, str(colours[i]), count, fps) for i in range(count)]
-        if count == 2:
-            (x0, y0, r0, _), (x1, y1, r1, _) = (thing.path(self.frames, fps) for thing in scene)
-            reach = r0 * REACH[scene[0].shape] + r1 * REACH[scene[1].shape]
-            if (np.hypot(x0 - x1, y0 - y1) < reach + 2).any():
-                return None
-        return scene
-
-    def _thing(self, rng, colour, count, fps):
-        while True:
-            shape = str(rng.choice(list(REACH)))
-            steps = 1 + (count == 1 and rng.random() < self.two_actions)
-            actions = tuple(str(a) for a in rng.permutation(MOTIONS)[:steps])
-            if "spins" in actions and shape not in POLYGONS:
-                continue  # nobody could see a circle spin
-            if held_out(colour, shape, actions) == (self.split == "heldout"):
-                break
-        size = str(rng.choice(["small", "", "", "big"] if count == 1 else ["small", "small", ""]))
-        angle = UPRIGHT.get(shape, 0.0) + rng.uniform(-TILT, TILT)
-        thing = Thing(colour, shape, size, actions, 0.0, 0.0, angle)
-        return place_in_frame(thing, rng, self.frames, fps)
 
 
 # ------------------------------------------------------------------------------ writing videos
@@ -327,21 +73,6 @@ def write_video(path, video, fps=FPS, upscale=1):
     writer = {".gif": _write_gif, ".mp4": _write_mp4, ".png": _write_sheet}[path.suffix]
     with atomic_path(path) as temporary:
         writer(temporary, video, fps)
-
-
-@contextlib.contextmanager
-def atomic_path(path):
-    """Gives a temporary path beside `path`; renamed onto it on success, deleted on any error."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{os.getpid()}-{path.name}")
-    try:
-        yield temporary
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())  # the rename must not overtake the data
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _write_gif(path, video, fps):
@@ -394,7 +125,7 @@ class VideoError(ValueError):
     """This video cannot be used; the message is the reason."""
 
 
-class DataError(ValueError):
+class DataError(UserError):
     """This data set cannot be used; the message is one line that says what to do."""
 
 
@@ -703,6 +434,133 @@ def _read_row(row, where):
     return video, " ".join(caption.split())
 
 
+def read_split(folder, split):
+    """File names in one of UCF-101's official lists, "train01" to "test03": a set.
+
+    The lists lie in the folder, or in `ucfTrainTestlist` inside or beside it. Raises DataError."""
+    if not re.fullmatch(r"(train|test)0[123]", split):
+        raise DataError(f"unknown split {split!r}: choose train01 to train03 or test01 to test03")
+    name = f"{split[:-2]}list{split[-2:]}.txt"
+    lists = "ucfTrainTestlist"
+    folder = Path(folder).absolute()
+    for place in (folder, folder / lists, folder.parent / lists):
+        if (place / name).is_file():
+            lines = (place / name).read_text(encoding="utf-8").splitlines()
+            return {Path(line.split()[0]).name for line in lines if line.strip()}
+    raise DataError(f"no {name} for --split {split}: put it into {folder / lists}")
+
+
+# ------------------------------------------------------------------------------ VideoFolder
+
+
+class VideoFolder:
+    """Captioned clips of the videos in a folder; `dataset[i]` is a `Sample` of video i.
+
+    Videos and captions: see `find_captions`; split: see `read_split`. A clip has `frames` frames,
+    cut to `size` x `size` pixels (None: left as they are), that cover the whole action: they lie
+    evenly in time from the first to the last frame of the video, and the sample's `fps` is the rate
+    that results.
+    clip_seconds: only a window of this length, from a random place; stride: instead, every
+    stride-th frame from a random one on. Random means drawn by (seed, i). flip: mirrors half of the
+    clips; off, because left and right are words.
+
+    `dataset[i]` raises VideoError where video i is unreadable or too short; its name and the reason
+    go into the dict `skipped`. Raises DataError where no video can be used.
+    """
+
+    def __init__(
+        self, folder, split=None, seed=0, frames=FRAMES, size=64, clip_seconds=None, stride=None,
+        flip=False,
+    ):
+        self.folder, self.skipped = Path(folder), {}
+        self.items, self.source = find_captions(folder)
+        if split is not None:
+            names = read_split(folder, split)
+            self.items = [item for item in self.items if Path(item[0]).name in names]
+            if not self.items:
+                raise DataError(f"--split {split} matches none of the videos in {folder}")
+        self.seed, self.frames, self.size = seed, frames, size
+        self.clip_seconds, self.stride, self.flip = clip_seconds, stride, flip
+
+    def __len__(self):
+        return len(self.items)
+
+    def __getitem__(self, index):
+        if not 0 <= index < len(self.items):
+            raise IndexError(index)
+        rng = np.random.default_rng((self.seed, index))
+        video, times = self._read(index, rng, lambda times: self._pick(times, rng))
+        return Sample(self.caption(index), video, (self.frames - 1) / (times[-1] - times[0]))
+
+    def caption(self, index):
+        return self.items[index][1]
+
+    def random_frames(self, index, rng, count):
+        """`count` different frames of a video, cut out at one random place: uint8 (count, h, w,
+        3)."""
+
+        def pick(times):
+            self._pick(times, rng)  # the same videos are too short
+            return np.sort(rng.choice(len(times), count, replace=False))
+
+        return self._read(index, rng, pick, rng.random(2))[0]
+
+    def identity(self):
+        """All that the pictures depend on, besides the source code, as text."""
+        files = []
+        for name, _ in self.items:
+            try:
+                stat = os.stat(self.folder / name)
+                files.append((name, stat.st_size, stat.st_mtime_ns))
+            except OSError:  # a link to nowhere
+                files.append((name, None, None))
+        settings = (self.seed, self.frames, self.size, self.clip_seconds, self.stride, self.flip)
+        return repr((settings, files))
+
+    def divide(self, every=20):
+        """Two data sets: without every 20th video, and with nothing else. A single video is in
+        both."""
+        rest, part = copy.copy(self), copy.copy(self)
+        part.items = self.items[::every]
+        rest.items = [item for i, item in enumerate(self.items) if i % every] or self.items
+        return rest, part
+
+    def _pick(self, times, rng):
+        """Which frames make a clip, (frames,), given the times of all."""
+        steps = (self.frames - 1) * (self.stride or 1)
+        start, end = 0.0, times[-1]
+        if self.clip_seconds and self.clip_seconds < end:
+            start = rng.uniform(0, end - self.clip_seconds)
+            end = start + self.clip_seconds
+        count = np.count_nonzero((times >= start) & (times <= end))
+        if count <= steps:
+            raise VideoError(f"too short: {count} frames, and a clip needs {steps + 1}")
+        if self.stride:
+            return rng.integers(len(times) - steps) + self.stride * np.arange(self.frames)
+        # The frame that is on show at that moment; times are not exact to the last digit.
+        moments = np.linspace(start, end, self.frames) + 1e-6
+        return np.searchsorted(times, moments, side="right") - 1
+
+    def _read(self, index, rng, pick, place=(0.5, 0.5)):
+        name = self.items[index][0]
+        try:
+            if name in self.skipped:
+                raise VideoError(self.skipped[name])
+            video, times = read_frames(self.folder / name, pick, self.size, place)
+        except VideoError as error:
+            self.skipped[name] = str(error)
+            if all(name in self.skipped for name, _ in self.items):
+                first = self.items[0][0]
+                raise DataError(f"none of the {len(self.items)} videos in {self.folder} can be "
+                                f"used; {first}: {self.skipped[first]}") from error
+            raise
+        if self.flip and rng.random() < 0.5:
+            video = np.ascontiguousarray(video[:, :, ::-1])
+        return video, times
+
+
+# ---------------------------------------------------------------------- the classes of UCF-101
+
 # Each class of UCF-101 (Soomro 2012) as a sentence.
 UCF101 = {
     "ApplyEyeMakeup": "a person applies eye makeup",
@@ -807,137 +665,3 @@ UCF101 = {
     "WritingOnBoard": "a person writes on a board",
     "YoYo": "a person plays with a yo-yo",
 }
-
-
-def read_split(folder, split):
-    """File names in one of UCF-101's official lists, "train01" to "test03": a set.
-
-    The lists lie in the folder, or in `ucfTrainTestlist` inside or beside it. Raises DataError."""
-    if not re.fullmatch(r"(train|test)0[123]", split):
-        raise DataError(f"unknown split {split!r}: choose train01 to train03 or test01 to test03")
-    name = f"{split[:-2]}list{split[-2:]}.txt"
-    lists = "ucfTrainTestlist"
-    folder = Path(folder).absolute()
-    for place in (folder, folder / lists, folder.parent / lists):
-        if (place / name).is_file():
-            lines = (place / name).read_text(encoding="utf-8").splitlines()
-            return {Path(line.split()[0]).name for line in lines if line.strip()}
-    raise DataError(f"no {name} for --split {split}: put it into {folder / lists}")
-
-
-# ------------------------------------------------------------------------------ VideoFolder
-
-
-class VideoFolder:
-    """Captioned clips of the videos in a folder; `dataset[i]` is a `Sample` of video i.
-
-    Videos and captions: see `find_captions`; split: see `read_split`. A clip has `frames` frames,
-    cut to `size` x `size` pixels (None: left as they are), that cover the whole action: they lie
-    evenly in time from the first to the last frame of the video, and the sample's `fps` is the rate
-    that results.
-    clip_seconds: only a window of this length, from a random place; stride: instead, every
-    stride-th frame from a random one on. Random means drawn by (seed, i). flip: mirrors half of the
-    clips; off, because left and right are words.
-
-    `dataset[i]` raises VideoError where video i is unreadable or too short; its name and the reason
-    go into the dict `skipped`. Raises DataError where no video can be used.
-    """
-
-    def __init__(
-        self, folder, split=None, seed=0, frames=FRAMES, size=SIZE, clip_seconds=None, stride=None,
-        flip=False,
-    ):
-        self.folder, self.skipped = Path(folder), {}
-        self.items, self.source = find_captions(folder)
-        if split is not None:
-            names = read_split(folder, split)
-            self.items = [item for item in self.items if Path(item[0]).name in names]
-            if not self.items:
-                raise DataError(f"--split {split} matches none of the videos in {folder}")
-        self.seed, self.frames, self.size = seed, frames, size
-        self.clip_seconds, self.stride, self.flip = clip_seconds, stride, flip
-
-    def __len__(self):
-        return len(self.items)
-
-    def __getitem__(self, index):
-        if not 0 <= index < len(self.items):
-            raise IndexError(index)
-        rng = np.random.default_rng((self.seed, index))
-        video, times = self._read(index, rng, lambda times: self._pick(times, rng))
-        return Sample(self.caption(index), video, (self.frames - 1) / (times[-1] - times[0]))
-
-    def caption(self, index):
-        return self.items[index][1]
-
-    def random_frames(self, index, rng, count):
-        """`count` different frames of a video, cut out at one random place: uint8 (count, h, w,
-        3)."""
-
-        def pick(times):
-            self._pick(times, rng)  # the same videos are too short
-            return np.sort(rng.choice(len(times), count, replace=False))
-
-        return self._read(index, rng, pick, rng.random(2))[0]
-
-    def identity(self):
-        """All that the pictures depend on, besides the source code, as text."""
-        files = []
-        for name, _ in self.items:
-            try:
-                stat = os.stat(self.folder / name)
-                files.append((name, stat.st_size, stat.st_mtime_ns))
-            except OSError:  # a link to nowhere
-                files.append((name, None, None))
-        settings = (self.seed, self.frames, self.size, self.clip_seconds, self.stride, self.flip)
-        return repr((settings, files))
-
-    def divide(self, every=20):
-        """Two data sets: without every 20th video, and with nothing else. A single video is in
-        both."""
-        rest, part = copy.copy(self), copy.copy(self)
-        part.items = self.items[::every]
-        rest.items = [item for i, item in enumerate(self.items) if i % every] or self.items
-        return rest, part
-
-    def _pick(self, times, rng):
-        """Which frames make a clip, (frames,), given the times of all."""
-        steps = (self.frames - 1) * (self.stride or 1)
-        start, end = 0.0, times[-1]
-        if self.clip_seconds and self.clip_seconds < end:
-            start = rng.uniform(0, end - self.clip_seconds)
-            end = start + self.clip_seconds
-        count = np.count_nonzero((times >= start) & (times <= end))
-        if count <= steps:
-            raise VideoError(f"too short: {count} frames, and a clip needs {steps + 1}")
-        if self.stride:
-            return rng.integers(len(times) - steps) + self.stride * np.arange(self.frames)
-        # The frame that is on show at that moment; times are not exact to the last digit.
-        moments = np.linspace(start, end, self.frames) + 1e-6
-        return np.searchsorted(times, moments, side="right") - 1
-
-    def _read(self, index, rng, pick, place=(0.5, 0.5)):
-        name = self.items[index][0]
-        try:
-            if name in self.skipped:
-                raise VideoError(self.skipped[name])
-            video, times = read_frames(self.folder / name, pick, self.size, place)
-        except VideoError as error:
-            self.skipped[name] = str(error)
-            if all(name in self.skipped for name, _ in self.items):
-                first = self.items[0][0]
-                raise DataError(f"none of the {len(self.items)} videos in {self.folder} can be "
-                                f"used; {first}: {self.skipped[first]}") from error
-            raise
-        if self.flip and rng.random() < 0.5:
-            video = np.ascontiguousarray(video[:, :, ::-1])
-        return video, times
-
-
-if __name__ == "__main__":
-    dataset = MovingShapes(length=8)
-    for sample in dataset:
-        print(f"{sample.fps:5.1f} fps  {sample.caption}")
-    rows = [contact_sheet(sample.video, columns=FRAMES) for sample in dataset]
-    write_picture("samples/shapes.png", np.concatenate(rows))
-    print("samples/shapes.png")

@@ -25,7 +25,6 @@ import contextlib
 import os
 import re
 import sys
-import warnings
 from pathlib import Path
 
 import numpy as np
@@ -33,11 +32,14 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
-from data import FORMATS, FPS, FPS_RANGE, FRAMES, DataError, atomic_path, middle_square
-from data import read_frames, read_image, to_model, to_uint8, write_picture, write_video
+from data import FORMATS, FPS, FRAMES, middle_square, read_frames, read_image
+from data import to_model, to_uint8, write_picture, write_video
 from diffusion import SAMPLERS, DiffusionConfig, NoiseSchedule
 from diffusion import guided, reconstruction_guided, replaced
+from shapes import FPS_RANGE
 from text_encoder import TextEncoder, TextEncoderConfig, Tokenizer, normalize
+from tools import Parser, UserError, autocast, load_checkpoint, number, pack, pick_device
+from tools import run_command, unpack
 from unet3d import UNet3D, UNet3DConfig, record_attention
 from vae import AutoencoderKL, VAEConfig
 
@@ -52,133 +54,6 @@ CONDITIONINGS = ("mask", "replacement", "reconstruction")
 # with 1, and 1.6 times as much with 4. Where the sentence stays the same ("spins") 4 are as smooth,
 # and more of the stories are told. (python tests/experiments.py tasks)
 OVERLAP = 1
-
-
-# ------------------------------------------------------------------------------ command-line
-# manners
-
-
-class UserError(Exception):
-    """A mistake of the user's: shown as one line, exit status 2."""
-
-
-def run_command(command):
-    """Call `command()` for a command line: a UserError, an unusable data set, or a disk that is
-    full or cannot be written ends it with one line and exit status 2."""
-    try:
-        command()
-    except (UserError, DataError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except OSError as error:
-        where = f"{error.filename}: " if error.filename else ""
-        print(f"error: {where}{error.strerror or error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
-
-
-class Parser(argparse.ArgumentParser):
-    """Says in one line what is wrong, without argparse's summary of every option."""
-
-    def error(self, message):
-        self.exit(2, f"error: {message} (--help lists the options)\n")
-
-
-def number(kind, low, high):
-    """An argparse type: int or float from `low` to `high`."""
-
-    def parse(text):
-        try:
-            value = kind(text)
-        except ValueError:
-            value = None
-        if value is None or not low <= value <= high:
-            name = {int: "a whole number", float: "a number"}[kind]
-            raise argparse.ArgumentTypeError(f"{text!r} is not {name} from {low} to {high}")
-        return value
-
-    return parse
-
-
-def pick_device(name):
-    """"auto", "cpu" or "cuda" -> torch.device. Raises UserError where there is no CUDA GPU."""
-    if name == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: PyTorch sees no CUDA GPU here; use --device cpu")
-    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
-
-
-def autocast(device, precision=None):
-    """bfloat16 autocast where the hardware multiplies bfloat16 matrices faster than float32 ones:
-    recent GPUs, CPUs with AMX tiles, and AMD's from Zen 4 on. On 2 cores of the latter it did 396
-    against 135 GFLOP/s, on 2 of an Intel Xeon with AVX-512 and no AMX 137 against 282.
-
-    precision: "bf16" or "fp32" instead, whatever the hardware."""
-    if precision is not None:
-        fast = precision == "bf16"
-    elif device.type == "cuda":
-        fast = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        cpu = getattr(torch.cpu, "get_capabilities", dict)()  # older versions of PyTorch: none
-        amd = cpu.get("cpu_name", "").startswith("AMD")
-        fast = cpu.get("amx_bf16", False) or amd and cpu.get("avx512_bf16", False)
-    return torch.autocast(device.type, torch.bfloat16, enabled=fast)
-
-
-# ------------------------------------------------------------------------------ checkpoints
-
-
-def load_tensors(path, kind):
-    """What torch.save wrote: tensors and plain values; nothing in the file is imported or run.
-
-    Raises UserError, which calls the file a `kind`, where it cannot be read.
-    """
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of a foreign pickle, one error says enough
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # truncated archives and foreign files fail in many ways
-        reason = (str(error) or type(error).__name__).splitlines()[0][:80]
-        raise UserError(f"{path} is not a readable {kind} ({reason})") from error
-
-
-def save_atomically(checkpoint, path):
-    """torch.save that leaves the old file or the new one, never half of one. Raises UserError."""
-    with atomic_path(path) as temporary:
-        try:
-            torch.save(checkpoint, temporary)
-        except RuntimeError as error:  # so PyTorch calls what went wrong with the disk
-            raise UserError(f"cannot write {path}: is the disk full?") from error
-
-
-def load_checkpoint(path, *parts):
-    """Read a checkpoint that holds at least the named parts. Raises UserError otherwise."""
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"no checkpoint at {path}: check the path, or train one with train.py")
-    checkpoint = load_tensors(path, "checkpoint")
-    missing = [p for p in parts if not isinstance(checkpoint, dict) or p not in checkpoint]
-    if missing:
-        raise UserError(f"{path} has no {', '.join(missing)}: it is not a checkpoint of this kind")
-    return checkpoint
-
-
-def pack(model):
-    """A model as plain values and tensors: its config and its weights."""
-    return {"config": vars(model.config), "state": model.state_dict()}
-
-
-def unpack(model_class, config_class, packed):
-    """The inverse of `pack`: rebuild a model from a checkpoint alone, in float32."""
-    try:
-        model = model_class(config_class(**packed["config"]))
-        model.load_state_dict(packed["state"])
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        reason = str(error).splitlines()[0][:80]
-        name = model_class.__name__
-        raise UserError(f"the checkpoint's {name} does not fit this program ({reason})") from error
-    return model.float().eval()
 
 
 # ------------------------------------------------------------------------------ the pipeline

@@ -41,12 +41,14 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import data
-from data import FPS, DataError, MovingShapes, VideoError, VideoFolder, atomic_path, contact_sheet
-from data import prefetch, read_ahead, to_model, to_uint8, write_video
+from data import FPS, DataError, VideoError, VideoFolder, contact_sheet, prefetch, read_ahead
+from data import to_model, to_uint8, write_video
 from diffusion import DiffusionConfig, NoiseSchedule, diffusion_loss
-from sample import Parser, Pipeline, UserError, autocast, load_checkpoint, load_pipeline, number
-from sample import pack, pick_device, run_command, save_atomically, unpack
+from sample import Pipeline, load_pipeline
+from shapes import MovingShapes
 from text_encoder import TextEncoder, TextEncoderConfig, Tokenizer
+from tools import Parser, UserError, atomic_path, autocast, load_checkpoint, number, pack
+from tools import pick_device, run_command, save_atomically, unpack
 from unet3d import SpaceTimeBlock, UNet3D, UNet3DConfig
 from vae import AutoencoderKL, ResBlock, VAEConfig, VAELoss, VAELossConfig
 

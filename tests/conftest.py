@@ -48,9 +48,9 @@ def tiny_pipeline():
 
     The layers that start at zero are random too, or they would hide what the others do.
     """
-    from data import MovingShapes
     from diffusion import DiffusionConfig, NoiseSchedule
     from sample import Pipeline
+    from shapes import MovingShapes
     from text_encoder import TextEncoder, Tokenizer
     from unet3d import UNet3D
     from vae import AutoencoderKL

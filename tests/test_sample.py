@@ -19,9 +19,10 @@ from PIL import Image
 
 import data
 import sample
-from data import BACKGROUND, FPS, SPEED, MovingShapes
-from metrics import read_things
+import shapes
+from data import FPS
 from sample import CONDITIONINGS, SAMPLERS, load_pipeline
+from shapes import BACKGROUND, SPEED, MovingShapes, read_things
 from unet3d import record_attention
 
 PROMPT = "a red circle moves right, then up"
@@ -641,7 +642,7 @@ def test_the_shipped_model_draws_what_it_is_told():
 
 def circle(x, y):
     """A frame with a red circle at (x, y)."""
-    return data.render([data.Thing("red", "circle", "", ("stays still",), x, y, 0.0)], 1)[0]
+    return shapes.render([shapes.Thing("red", "circle", "", ("stays still",), x, y, 0.0)], 1)[0]
 
 
 def center(video):

@@ -36,10 +36,12 @@ from torch import nn
 import sample
 import train
 import vae
-from data import MovingShapes, VideoFolder, to_model
+from data import VideoFolder, to_model
 from diffusion import DiffusionConfig, NoiseSchedule, diffusion_loss
-from sample import UserError, load_pipeline, run_command
+from sample import load_pipeline
+from shapes import MovingShapes
 from text_encoder import END, START, TextEncoder
+from tools import UserError, autocast, run_command
 from train import EMA, Muon, Run, TrainConfig, beginning, draw_batch, draw_given_frames
 from train import learning_rate, make_optimizers, orthogonalize
 from unet3d import UNet3D
@@ -847,7 +849,7 @@ def test_latents_are_encoded_once_for_each_autoencoder(preset, tmp_path):
     captions, fps, latents, count = encoded(dataset)
     assert count == 3 and captions == [dataset[i].caption for i in range(3)]
     assert fps.tolist() == pytest.approx([dataset[i].fps for i in range(3)])
-    with torch.no_grad(), sample.autocast(CPU):
+    with torch.no_grad(), autocast(CPU):
         expected = model.encode_video(to_model(dataset[1].video[None]))[0]
     assert torch.equal(latents[1], expected.half())
     latents = latents.clone()  # of a file that is about to change

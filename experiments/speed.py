@@ -1,13 +1,13 @@
 """How fast is it? Not a test: timings depend on the machine and on what else it does.
 
-    python tests/benchmark.py shapes      # captioned clips rendered per second, on one core
-    python tests/benchmark.py data --data FOLDER         # clips of a folder decoded per second
-    python tests/benchmark.py train       # UNet steps of a preset, beside other people's UNets
-    python tests/benchmark.py train --preset ucf101 --batch-size 1 --grad-checkpoint
-    python tests/benchmark.py start       # seconds from starting sample.py to the finished GIF
-    python tests/benchmark.py i3d         # clips through I3D per second
+    python experiments/speed.py shapes      # captioned clips rendered per second, on one core
+    python experiments/speed.py data --data FOLDER         # clips of a folder decoded per second
+    python experiments/speed.py train       # UNet steps of a preset, beside other people's UNets
+    python experiments/speed.py train --preset ucf101 --batch-size 1 --grad-checkpoint
+    python experiments/speed.py start       # seconds from starting sample.py to the finished GIF
+    python experiments/speed.py i3d         # clips through I3D per second
 
-How good it is: tests/experiments.py.
+How good it is: the other files in experiments/.
 """
 
 import argparse
@@ -27,13 +27,13 @@ from torch.utils.flop_counter import FlopCounterMode
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from sample import Parser, autocast, number, pick_device, run_command
+from tools import Parser, autocast, number, pick_device, run_command
 from train import PRESETS, add_memory_options, economize, make_optimizers, memory_gib
 from unet3d import UNet3D
 
 
 def shapes(clips=1000):
-    from data import MovingShapes
+    from shapes import MovingShapes
 
     dataset = MovingShapes(clips)
     start = time.perf_counter()

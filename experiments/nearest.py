@@ -1,0 +1,86 @@
+"""Does a model repeat its training clips?
+
+    python experiments/nearest.py --data FOLDER --checkpoint MODEL
+
+For each clip the distance to the training clip that is nearest to it, a root mean square over all
+pixels in levels of 0 to 255, the median over clips; and how often that one has the same caption.
+"real": training clips, each among the others; "copy": what the autoencoder makes of them, as near
+as a memorised clip would be; "generated": for their captions, at the frame rates of their clips, or
+at one for all, which gives nothing away. FVD is that to the training clips. In the picture
+generated clips stand above the training clips nearest to them.
+"""
+
+import argparse
+import itertools
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import metrics
+from data import FRAMES, VideoFolder, contact_sheet, read_ahead, write_picture
+from experiments.reference import spoil
+from sample import CHECKPOINT, load_pipeline
+from tools import Parser, number, pick_device, print_row, run_command
+
+
+def root_mean_square(a, b):
+    """Distances between clips, uint8 (..., f, h, w, 3), that broadcast: in levels of 0 to 255."""
+    return np.sqrt(np.square(a - b.astype(np.float32)).mean((-4, -3, -2, -1)))
+
+
+def nearest(checkpoint, data, num, picture):
+    """Prints the rows and draws the picture that the top of this file describes."""
+    device = pick_device("auto")
+    pipeline = load_pipeline(checkpoint, device)
+    networks, _ = metrics.load_networks(metrics.parse_args(["--fake", data]), ["fvd"], device)
+    dataset = VideoFolder(data, size=pipeline.size)
+    real = [clip for _, clip in read_ahead(dataset, range(len(dataset))) if clip is not None]
+    clips = np.stack([sample.video for sample in real])
+    chosen = list(itertools.islice(itertools.cycle(real), num))
+    asked, rates = [s.caption for s in chosen], [s.fps for s in chosen]
+    videos = {
+        "real": clips,
+        "copy": np.stack([spoil(clip, "reconstructed", None, pipeline.vae) for clip in clips]),
+        "generated": pipeline.generate(asked, fps=rates, progress=True),
+        "generated, one rate": pipeline.generate(asked, fps=np.median(rates), progress=True),
+    }
+    sides, found = {}, {}
+    for name, some in videos.items():
+        samples = (replace(s, video=v) for s, v in zip(itertools.cycle(real), some))
+        sides[name] = metrics.extract(samples, len(some), networks, device, name)
+        distances = np.array([root_mean_square(video, clips) for video in some])
+        if name == "real":
+            np.fill_diagonal(distances, np.inf)
+        found[name] = distances.argmin(1)
+        same = [s.caption == real[i].caption for s, i in zip(itertools.cycle(real), found[name])]
+        print_row(clips=name, num=len(some), distance=np.median(distances.min(1)),
+             same_caption=np.mean(same), **metrics.compare(sides["real"], sides[name], ["fvd"]))
+    for warning in metrics.small_sample_warnings(["fvd"], num, FRAMES):
+        print(f"warning: {warning}", file=sys.stderr)
+    frames = np.linspace(0, FRAMES - 1, 8).round().astype(int)
+    rows = []
+    for i in np.linspace(0, num - 1, min(num, 4)).round().astype(int):
+        rows += [videos["generated"][i], clips[found["generated"][i]]]
+    sheets = [contact_sheet(video[frames], columns=len(frames)) for video in rows]
+    write_picture(picture, np.concatenate(sheets))
+
+
+def parse_args(argv=None):
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint", default=CHECKPOINT, help="(the shipped model)")
+    parser.add_argument("--data", required=True, metavar="FOLDER")
+    parser.add_argument(
+        "--num", type=number(int, 1, 10_000), default=36, help="clips to draw (%(default)s)"
+    )
+    parser.add_argument(
+        "--picture", default="samples/nearest.png", help="where to draw it (%(default)s)"
+    )
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    run_command(lambda: nearest(**vars(parse_args())))

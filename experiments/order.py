@@ -1,0 +1,53 @@
+"""Does the order of the words decide the order of the actions?
+
+    python experiments/order.py
+
+Prints one JSON line: of pairs "X, then Y" and "Y, then X", each drawn from the same noise, how many
+the oracle reads as they were asked for.
+"""
+
+import argparse
+import itertools
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from sample import CHECKPOINT, load_pipeline
+from shapes import MovingShapes, actions_shown, describe
+from tools import Parser, number, pick_device, print_row, run_command
+
+
+def ordered_pairs(num):
+    """`num` objects with two actions, and the same ones with their actions the other way round."""
+    dataset = MovingShapes(20 * num + 100, seed=1, objects=1)
+    things = (dataset.describe(i)[2][0] for i in range(len(dataset)))
+    first = list(itertools.islice((thing for thing in things if len(thing.actions) == 2), num))
+    return first, [replace(thing, actions=thing.actions[::-1]) for thing in first]
+
+
+def order(checkpoint, num):
+    """Of pairs "X, then Y" and "Y, then X", drawn from the same noise: how many are read right."""
+    pipeline, right = load_pipeline(checkpoint, pick_device("auto")), []
+    for things in ordered_pairs(num):
+        videos = pipeline.generate([describe([thing]) for thing in things])
+        right.append([actions_shown(v) == thing.actions for v, thing in zip(videos, things)])
+    first, second = np.array(right)
+    both = int((first & second).sum())
+    print_row(pairs=num, first=int(first.sum()), second=int(second.sum()), both=both)
+
+
+def parse_args(argv=None):
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint", default=CHECKPOINT, help="(the shipped model)")
+    parser.add_argument(
+        "--num", type=number(int, 1, 10_000), default=50, help="pairs (%(default)s)"
+    )
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    run_command(lambda: order(**vars(parse_args())))

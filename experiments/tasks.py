@@ -1,0 +1,122 @@
+"""Given frames, stories and frame rates: does one model do all of these tasks?
+
+    python experiments/tasks.py
+
+Prints three tables, a JSON line for each row.
+"""
+
+import argparse
+import itertools
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from data import FPS, FRAMES
+from sample import CHECKPOINT, CONDITIONINGS, load_pipeline
+from shapes import BACKGROUND, COLOURS, DIRECTIONS, FPS_RANGE, POLYGONS, SPEED, MovingShapes
+from shapes import actions_shown, caption_accuracy
+from tools import Parser, number, pick_device, print_row, run_command
+
+
+GIVEN = {"first frame": [0], "first four": [0, 1, 2, 3], "both ends": [0, FRAMES - 1]}
+
+
+def changes(videos):
+    """Mean absolute difference of neighbouring frames: (n, f, ...) -> (n, f - 1)."""
+    return np.abs(np.diff(videos.astype(np.float32), axis=1)).mean((2, 3, 4))
+
+
+def tasks(checkpoint, num):
+    """Given frames, stories and frame rates, three tables."""
+    pipeline = load_pipeline(checkpoint, pick_device("auto"))
+    given_frames(pipeline, num)
+    stories(pipeline, num)
+    speeds(pipeline, num)
+
+
+def given_frames(pipeline, num):
+    """Goes on from given frames, by each of CONDITIONINGS. The first frame, the caption and the
+    frame rate determine a clip of MovingShapes, so there is a truth to compare with."""
+    dataset = MovingShapes(num, seed=1, fps=FPS, objects=1)
+    samples = [dataset[i] for i in range(num)]
+    truth = np.stack([sample.video for sample in samples])
+    for name, where in GIVEN.items():
+        known = np.isin(np.arange(FRAMES), where)
+        seams = known[1:] != known[:-1]
+        for conditioning in CONDITIONINGS:
+            start = time.perf_counter()
+            videos = pipeline.generate(
+                [sample.caption for sample in samples], given={i: truth[:, i] for i in where},
+                conditioning=conditioning,
+            )
+            seconds = time.perf_counter() - start
+            error = np.square(videos[:, ~known] - truth[:, ~known].astype(np.float32))
+            read = caption_accuracy([sample.scene for sample in samples], videos, FPS)
+            print_row(
+                given=name, conditioning=conditioning,
+                psnr=(10 * np.log10(255**2 / error.mean((1, 2, 3, 4)))).mean(),
+                seam=changes(videos)[:, seams].mean() / changes(truth)[:, seams].mean(),
+                order=read["order"], all=read["all"], seconds_a_clip=seconds / num,
+            )
+
+
+def stories(pipeline, num):
+    """Two chunks each: how much frames change at the seam, relative to inside the chunks, and how
+    many of the stories are told."""
+    rng = np.random.default_rng(0)
+    subjects = [f"a {rng.choice(list(COLOURS))} {rng.choice(list(POLYGONS))}" for _ in range(num)]
+    turns = [(x, y) for x in ("left", "right") for y in ("up", "down")]
+    turns = list(itertools.islice(itertools.cycle(turns + [(y, x) for x, y in turns]), num))
+    kinds = {
+        "two sentences": [[f"{s} moves {x}" for x in turn] for s, turn in zip(subjects, turns)],
+        "one sentence": [[f"{s} spins"] * 2 for s in subjects],
+    }
+    for (name, told), overlap in itertools.product(kinds.items(), (1, 4)):
+        videos = pipeline.generate(told, overlap=overlap)
+        change = changes(videos)
+        seam, inside = change[:, FRAMES - 1], np.delete(change, FRAMES - 1, axis=1)
+        right = [
+            actions_shown(part) == (sentence.split()[-1],)
+            for video, story in zip(videos, told)
+            for part, sentence in zip((video[:FRAMES], video[FRAMES - 1 :]), story)
+        ]
+        print_row(story=name, overlap=overlap, seam=seam.mean() / inside.mean(),
+             told=int(np.reshape(right, (num, 2)).all(1).sum()), of=num)
+
+
+def position(video):
+    """Where the object is in each frame, (f, 2): the mean place of what is no background."""
+    cover = np.abs(video - np.array(BACKGROUND, np.float32)).sum(-1).clip(60) - 60
+    places = np.arange(video.shape[1])
+    return np.stack([cover.sum(1) @ places, cover.sum(2) @ places], 1) / cover.sum((1, 2))[:, None]
+
+
+def speeds(pipeline, num):
+    """How fast things move, at each frame rate of training."""
+    ways = [list(DIRECTIONS)[i % 4] for i in range(num)]
+    for fps in range(round(FPS_RANGE[0]), round(FPS_RANGE[1]) + 1):
+        videos = pipeline.generate([f"a red circle moves {way}" for way in ways], fps=fps)
+        seconds = np.arange(FRAMES) / fps
+        measured = [
+            np.polyfit(seconds, position(video), 1)[0] @ DIRECTIONS[way]
+            for video, way in zip(videos, ways)
+        ]
+        mean, deviation = np.mean(measured), np.std(measured)
+        print_row(fps=fps, pixels_a_second=mean, deviation=deviation, true=SPEED)
+
+
+def parse_args(argv=None):
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint", default=CHECKPOINT, help="(the shipped model)")
+    parser.add_argument(
+        "--num", type=number(int, 1, 10_000), default=20, help="clips of each kind (%(default)s)"
+    )
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    run_command(lambda: tasks(**vars(parse_args())))
