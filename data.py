@@ -10,6 +10,7 @@ arrays of shape (f, h, w, 3); `to_model` and `to_uint8` convert to and from floa
 
 import copy
 import csv
+import hashlib
 import json
 import os
 import re
@@ -518,14 +519,8 @@ class VideoFolder:
         return self._read(index, rng, pick, rng.random(2))[0]
 
     def identity(self):
-        """All that the pictures depend on, as text."""
-        files = []
-        for name, _ in self.items:
-            try:
-                stat = os.stat(self.folder / name)
-                files.append((name, stat.st_size, stat.st_mtime_ns))
-            except OSError:  # a link to nowhere
-                files.append((name, None, None))
+        """All that the pictures depend on, as text; where the folder lies is no part of it."""
+        files = [(name, _contents(self.folder / name)) for name, _ in self.items]
         settings = (self.seed, self.frames, self.size, self.clip_seconds, self.stride, self.flip)
         return repr((PIXELS, settings, files))
 
@@ -563,6 +558,25 @@ class VideoFolder:
         if self.flip and rng.random() < 0.5:
             video = np.ascontiguousarray(video[:, :, ::-1])
         return video, times
+
+
+def _contents(path, block=2**14):
+    """What tells a file's contents from others: its size, and a digest of its first, middle and
+    last block; of a folder, that of each picture in it. None where it cannot be read."""
+    try:
+        if os.path.isdir(path):
+            names = sorted(name for name in os.listdir(path) if _suffix(name) in IMAGES)
+            return [(name, _contents(path / name)) for name in names]
+        if not os.path.isfile(path):
+            return None  # a pipe would wait for somebody to write
+        digest, size = hashlib.sha256(), os.path.getsize(path)
+        with open(path, "rb") as file:
+            for start in (0, max(size // 2, block), max(size - block, 2 * block)):
+                file.seek(start)
+                digest.update(file.read(block))
+        return size, digest.hexdigest()
+    except OSError:  # a link to nowhere
+        return None
 
 
 # ---------------------------------------------------------------------- the classes of UCF-101

@@ -62,6 +62,8 @@ OVERLAP = 1
 class Pipeline:
     """Everything between a sentence and its video. Attributes are the modules of the same names."""
 
+    precision = None  # of matrix products, as in `tools.autocast`
+
     def __init__(self, tokenizer, text_encoder, unet, vae, schedule, device="cpu"):
         self.device = torch.device(device)
         self.tokenizer = tokenizer
@@ -155,7 +157,7 @@ class Pipeline:
                 )
 
             clean = torch.zeros(len(stories[part]), *shape, device=self.device)
-            with autocast(self.device):
+            with autocast(self.device, self.precision):
                 if where:
                     given_frames = to_model(pictures[part]).to(self.device)
                     clean[:, :, where] = self.vae.encode_video(given_frames)

@@ -27,8 +27,8 @@ from torch.utils.flop_counter import FlopCounterMode
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from tools import Parser, autocast, number, pick_device, run_command
-from train import PRESETS, add_memory_options, economize, make_optimizers, memory_gib
+from tools import Parser, autocast, memory_gib, number, pick_device, run_command
+from train import PRESETS, add_memory_options, economize, make_optimizers
 from unet3d import UNet3D
 
 
@@ -218,7 +218,7 @@ def train(**options):
     where their packages are installed: the same batch, latents, words and number format, all with
     AdamW then, one step of each in turn."""
     args, device = argparse.Namespace(**options), pick_device("auto")
-    preset = PRESETS[args.preset]
+    preset = PRESETS[args.preset]()
     config, training = preset.unet, preset.diffusion_training
     args.batch_size = args.batch_size or training.batch_size
     unet = UNet3D(config)

@@ -419,13 +419,13 @@ def on_paper(config):
 def test_presets_have_the_promised_size():
     from train import PRESETS
 
-    for name, preset in PRESETS.items():
-        unet = preset.unet
+    for name, make in PRESETS.items():
+        preset, unet = make(), make().unet
         assert unet.channels == preset.vae.latent_channels, name
         assert unet.latent_size * preset.vae.factor == preset.size, name
         assert unet.text_width == preset.text.width, name
     for name, low, high in (("ucf101", 40e6, 60e6), ("ucf101-256", 120e6, 180e6)):
-        size = sum(p.numel() for p in on_paper(PRESETS[name].unet).parameters())
+        size = sum(p.numel() for p in on_paper(PRESETS[name]().unet).parameters())
         assert low < size < high, name
 
 
@@ -433,8 +433,8 @@ def test_presets_can_be_trained():
     from train import PRESETS
 
     noise = 0.02 * torch.randn(2**24)  # weights are slices of it: 150 M draws would take seconds
-    for preset in PRESETS.values():
-        unet, weights = on_paper(preset.unet), {}
+    for make in PRESETS.values():
+        unet, weights = on_paper(make().unet), {}
         for name, p in unet.named_parameters():
             values = noise[: p.numel()].view(p.shape) if p.ndim > 1 else torch.ones(p.shape)
             weights[name] = values.detach().requires_grad_()
