@@ -956,8 +956,8 @@ PROMPTS = (  # drawn into samples/ while training on shapes
 def check_preset(name, preset):
     """Raises UserError where the parts of a preset do not fit together."""
     try:
-        # Shapes only: on the "meta" device nothing is stored or computed.
-        with warnings.catch_warnings(action="ignore"), torch.device("meta"):
+        with warnings.catch_warnings(), torch.device("meta"):  # nothing is stored or computed
+            warnings.simplefilter("ignore")
             vae, unet = AutoencoderKL(preset.vae), UNet3D(preset.unet)
             TextEncoder(preset.text)
             latents = vae.encode(torch.zeros(2, 3, preset.size, preset.size)).mean

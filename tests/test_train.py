@@ -341,7 +341,7 @@ def unharmed(finished, tmp_path_factory):
 
 
 @posix
-@pytest.mark.parametrize("stage, kills", [("vae", (2, 5)), ("diffusion", (1, 2, 7, 6, 4, 9))])
+@pytest.mark.parametrize("stage, kills", [("vae", (2, 5)), ("diffusion", (1, 2, 7, 6, 4))])
 def test_killed_at_many_moments_and_resumed(unharmed, finished, tmp_path, stage, kills):
     """Halfway through a write (an odd number) or right after it, where a dead process has also left
     a half of a log line and of a clip."""
@@ -660,6 +660,7 @@ def test_weights_that_do_not_fit_are_refused_or_named(preset, finished, copied, 
                      unet=replace(preset.unet, latent_size=8))
     for stage in ("vae", "diffusion"):  # before the first stage, not after it
         with pytest.raises(UserError, match="frames of 32 pixels become latents"):
+            start = ("--init", finished / "vae.pt")
             run_train(deeper, stage, "--out", tmp_path / "newer", *start)
     assert not (tmp_path / "newer").exists()
 
