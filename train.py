@@ -48,7 +48,7 @@ from sample import Pipeline, load_pipeline
 from shapes import MovingShapes
 from text_encoder import TextEncoder, TextEncoderConfig, Tokenizer
 from tools import Parser, UserError, atomic_path, autocast, load_checkpoint, number, pack
-from tools import pick_device, run_command, save_atomically, unpack
+from tools import out_of_memory, pick_device, run_command, save_atomically, unpack
 from unet3d import SpaceTimeBlock, UNet3D, UNet3DConfig
 from vae import AutoencoderKL, ResBlock, VAEConfig, VAELoss, VAELossConfig
 
@@ -883,7 +883,6 @@ def train_diffusion(args, preset, device):
     if size != preset.size or unet.config.channels != vae.config.latent_channels:
         raise UserError(f"the VAE does not fit --preset {args.preset} of {preset.size} pixels")
     dataset = open_dataset(args, config, preset.size)
-    schedule = schedule.to(device)
     model = torch.nn.ModuleDict({"text_encoder": text_encoder, "unet": unet}).to(device).train()
     ema = EMA(model, config.ema)
     run = Run(args, "diffusion", config, {"model": model, "ema": ema.model})
@@ -1071,9 +1070,7 @@ def main():
             say("stopped; the same command with --resume goes on from there")
         raise
     except (MemoryError, RuntimeError) as error:
-        # PyTorch has an error of its own for a GPU, and none for the CPU.
-        texts = ("out of memory", "can't allocate memory")
-        if isinstance(error, RuntimeError) and not any(text in str(error) for text in texts):
+        if not out_of_memory(error):
             raise
         raise UserError(f"the memory is full: try {memory_advice(args)}") from error
 
