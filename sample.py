@@ -233,9 +233,12 @@ def load_pipeline(path=CHECKPOINT, device="cpu"):
         schedule = NoiseSchedule(DiffusionConfig(**checkpoint["diffusion"]["config"]))
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path} was written by another version of this program") from error
+    text_encoder = unpack(TextEncoder, TextEncoderConfig, checkpoint["text_encoder"])
+    if tokenizer.vocab_size > text_encoder.config.vocab_size:  # on a GPU the process would end
+        raise UserError(f"{path}: the tokenizer has more tokens than the text encoder knows")
     return Pipeline(
         tokenizer,
-        unpack(TextEncoder, TextEncoderConfig, checkpoint["text_encoder"]),
+        text_encoder,
         unpack(UNet3D, UNet3DConfig, checkpoint["unet"]),
         unpack(AutoencoderKL, VAEConfig, checkpoint["vae"]),
         schedule,

@@ -852,7 +852,7 @@ def text_to_video_loss(model, schedule, tokens, mask, args, device):
             longest = int(mask[rows].sum(1).max())
             words, words_mask = tokens[rows, :longest], mask[rows, :longest]
             context = model["text_encoder"](words, words_mask)
-            alone = images if images.any() else False  # without any, there is less to compute
+            alone = images if images.any() else None  # without any, there is less to compute
 
             def denoise(x_t, t):
                 return model["unet"](x_t, t, context, words_mask, fps, x_start, given, alone)

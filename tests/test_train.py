@@ -1084,7 +1084,7 @@ def drawn(preset, finished, tmp_path_factory):
 
     def unet(self, x, t, context, context_mask, fps, given, given_mask, frames_are_images):
         steps[-1] |= {"fps": fps, "given": given, "given_mask": given_mask}
-        assert frames_are_images is False
+        assert frames_are_images is None
         return x
 
     def loss(model, schedule, x_start, t, noise, keep):
