@@ -120,8 +120,9 @@ class TemporalAttention(SelfAttention):
 
     def forward(self, x: Tensor, table: Tensor, frames_are_images: Tensor | None = None) -> Tensor:
         qkv = self.qkv(self.norm(x))
-        q, k, v = rearrange(qkv, "b f s (k n d) -> k (b s) n f d", k=3, n=self.heads)
-        y = attention(rotary(q, table), rotary(k, table), v)
+        qkv = rearrange(qkv, "b f s (k n d) -> k (b s) n f d", k=3, n=self.heads)
+        qk, (v,) = qkv.split((2, 1))
+        y = attention(*rotary(qk, table), v)
         if frames_are_images is not None:  # softmax over one key is 1
             y = torch.where(repeat(frames_are_images, "b -> (b s) 1 1 1", s=x.shape[2]), v, y)
         return x + self.out(rearrange(y, "(b s) n f d -> b f s (n d)", b=len(x)))
