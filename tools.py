@@ -92,9 +92,9 @@ def pick_device(name: str, precision: str | None = None) -> torch.device:
     return torch.device(name)
 
 
-def autocast(device: torch.device, precision: str | None = None) -> torch.autocast:
-    """bfloat16 autocast where the hardware multiplies bfloat16 matrices faster than float32 ones:
-    recent CUDA GPUs, CPUs with AMX tiles, and AMD's from Zen 4 on.
+def product_dtype(device: torch.device, precision: str | None = None) -> torch.dtype:
+    """The number format of matrix products: bfloat16 where the hardware multiplies such matrices
+    faster than float32 ones. Recent CUDA GPUs do, CPUs with AMX tiles, and AMD's from Zen 4 on.
 
     precision: "bf16" or "fp32" instead, whatever the hardware."""
     if precision is not None:
@@ -107,6 +107,12 @@ def autocast(device: torch.device, precision: str | None = None) -> torch.autoca
         cpu = getattr(torch.cpu, "get_capabilities", dict)()  # older versions of PyTorch: none
         amd = cpu.get("cpu_name", "").startswith("AMD")
         fast = cpu.get("amx_bf16", False) or amd and cpu.get("avx512_bf16", False)
+    return torch.bfloat16 if fast else torch.float32
+
+
+def autocast(device: torch.device, precision: str | None = None) -> torch.autocast:
+    """Matrix products in `product_dtype`, by a context manager."""
+    fast = product_dtype(device, precision) == torch.bfloat16
     return torch.autocast(device.type, torch.bfloat16, enabled=fast)
 
 
