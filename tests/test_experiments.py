@@ -1,7 +1,7 @@
 """The measurements measure what they say, on videos whose truth is known."""
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import tools
+from conftest import tiny_configs
 from data import VideoFolder
 from experiments import nearest, order, reference, slices, speed, steps, tasks
 from shapes import COLOURS, DIRECTIONS, SPEED, Thing, render
@@ -95,6 +96,32 @@ def test_a_model_that_repeats_its_clips_is_found_out(
     assert copy["fvd"] > 0 and copy["distance"] > 1
     assert generated["distance"] == 0 and generated["same_caption"] == 1
     assert one_rate == generated | {"clips": "generated, one rate"}
+
+
+def one_second(action):
+    action()
+    return 1.0
+
+
+@pytest.mark.parametrize("what", sorted(set(speed.SPEEDS) - {"data", "i3d"}))  # need files
+def test_every_speed_is_a_row_of_numbers(monkeypatch, capsys, what):
+    unet, text, vae = tiny_configs()
+    preset = replace(speed.train.PRESETS["shapes"], unet=unet, text=text, vae=vae)
+    monkeypatch.setitem(speed.train.PRESETS, "shapes", preset)
+    monkeypatch.setattr(speed, "matrix_peak", lambda *_: 1e12)
+    monkeypatch.setattr(speed, "seconds", lambda *actions, **_: [one_second(a) for a in actions])
+    more = {"step": "--batch-size 4 --grad-accum 2", "sample": "--num 2"}
+    more |= {"kernels": "--batch-size 1", "peers": "--batch-size 2 --grad-checkpoint"}
+    args = speed.parse_args([what, *more.get(what, "").split()])
+    speed.SPEEDS[what](args)
+    found = rows(capsys.readouterr().out)
+    numbers = [v for row in found for v in row.values() if not isinstance(v, str)]
+    assert found and numbers and min(numbers) > 0
+    if what == "step":  # a step of one second
+        assert found[0]["step_ms"] == 1000 and found[0]["clips_per_second"] == 4
+        assert found[0]["of_peak"] == pytest.approx(found[0]["gflop"] / 1000, rel=1e-3)
+        phases = {"draw", "forward", "backward", "clip", "muon", "adamw", "average"}
+        assert {f"{phase}_ms" for phase in phases} < set(found[0])
 
 
 @pytest.mark.parametrize("name, kind", [("cuda", "CUDA"), ("mps", "Apple")])
