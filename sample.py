@@ -264,6 +264,8 @@ def load_pipeline(path=CHECKPOINT, device="cpu") -> Pipeline:
     except Exception as error:  # damaged values fail in many ways
         raise UserError(f"{path} is not a checkpoint of this program: {reason(error)}") from error
     text_encoder = unpack(TextEncoder, TextEncoderConfig, checkpoint["text_encoder"])
+    if tokenizer.vocab_size > text_encoder.config.vocab_size:  # on a GPU the process would end
+        raise UserError(f"{path}: the tokenizer has more tokens than the text encoder knows")
     unet = unpack(UNet3D, UNet3DConfig, checkpoint["unet"])
     vae = unpack(AutoencoderKL, VAEConfig, checkpoint["vae"])
     if (unet.config.channels, unet.config.text_width) != (

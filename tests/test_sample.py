@@ -23,7 +23,7 @@ import data
 import sample
 import shapes
 from data import FPS
-from sample import CONDITIONINGS, SAMPLERS, load_pipeline
+from sample import CONDITIONINGS, SAMPLERS, UserError, load_pipeline
 from shapes import BACKGROUND, SPEED, MovingShapes, read_things
 from unet3d import record_attention
 from vae import AutoencoderKL, VAEConfig
@@ -126,6 +126,14 @@ def test_a_checkpoint_rebuilds_the_pipeline(tiny_pipeline, tiny_checkpoint, floa
     assert loaded.schedule.config == tiny_pipeline.schedule.config
     a, b = (p.generate([PROMPT], steps=2) for p in (tiny_pipeline, loaded))
     assert distance(a, b) <= 4  # half precision on disk is not visible
+
+
+def test_a_tokenizer_that_does_not_fit_is_refused(tiny_checkpoint, tmp_path):
+    checkpoint = torch.load(tiny_checkpoint, weights_only=True)
+    checkpoint["tokenizer"]["merges"] += [[3, 4]] * 512
+    torch.save(checkpoint, tmp_path / "model.pt")
+    with pytest.raises(UserError, match="has more tokens than"):
+        load_pipeline(tmp_path / "model.pt")
 
 
 # ------------------------------------------------------------------------------ given frames
