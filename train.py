@@ -59,7 +59,7 @@ from vae import AutoencoderKL, ResBlock, VAEConfig, VAELoss, VAELossConfig
 # ------------------------------------------------------------------------------ stage 1: frames
 
 
-def train_vae(args, preset, device):
+def train_vae(args: argparse.Namespace, preset: "Preset", device: torch.device) -> None:
     """Stage 1: train the autoencoder on single frames; writes vae.pt."""
     torch.manual_seed(args.seed)  # of the initial weights
     dataset = open_dataset(args, preset)
@@ -120,7 +120,7 @@ def train_vae(args, preset, device):
 # ------------------------------------------------------------------------------ stage 2: videos
 
 
-def train_diffusion(args, preset, device):
+def train_diffusion(args: argparse.Namespace, preset: "Preset", device: torch.device) -> None:
     """Stage 2: train text encoder and UNet on the autoencoder's latents; writes model.pt."""
     torch.manual_seed(args.seed)  # of the initial weights
     tokenizer, text_encoder, unet, schedule, vae = build_models(args, preset)
@@ -143,9 +143,13 @@ def train_diffusion(args, preset, device):
     with first_process_first():
         clips, fps, latents = encode_dataset(vae, dataset, device, run.out, args.precision)
     report_skipped(dataset, run.out)
-    prompts, rate = (PROMPTS, FPS) if args.data == "shapes" else typical(captions, fps)
+    prompts, rate = PROMPTS, FPS
+    if args.data != "shapes":
+        prompts, rate = typical(captions, 4), max(round(fps.median().item(), 1), 0.1)
+    about = {"frames": dataset.frames, "size": preset.size, "captions": typical(captions, 1000),
+             "fps": [fps.min().clamp(0.1).item(), fps.max().clamp(max=1000).item()]}
     pipeline = Pipeline(
-        tokenizer, ema.model["text_encoder"], ema.model["unet"], vae, schedule, device
+        tokenizer, ema.model["text_encoder"], ema.model["unet"], vae, schedule, device, about
     )
     pipeline.precision = args.precision
     for step in run.steps():
@@ -177,7 +181,7 @@ def train_diffusion(args, preset, device):
 # ------------------------------------------------------------------------------ batches, losses
 
 
-def generator(seed, step):
+def generator(seed: int, step: int) -> torch.Generator:
     """The source of all torch randomness of one step, on the CPU: the same on every device."""
     return torch.Generator().manual_seed(seed * 1_000_003 + step)
 
@@ -188,7 +192,7 @@ def accumulate(sums, share, values):
         sums[name] = sums.get(name, 0.0) + share * value
 
 
-def draw_frames(dataset, seed, count, step, per_video=2):
+def draw_frames(dataset, seed: int, count: int, step: int, per_video: int = 2) -> Tensor:
     """The frames of a step of stage 1: (count, 3, h, w) in [-1, 1]. Raises DataError where no video
     can be used."""
     frames, attempt, failures = [], 0, 0
@@ -217,7 +221,7 @@ def make_vae_loss(args, config):
                         ) from error
 
 
-def psnr(x, x_hat):
+def psnr(x: Tensor, x_hat: Tensor) -> float:
     """Peak signal-to-noise ratio in dB of values in [-1, 1] (peak to peak 2)."""
     mse = (x.clamp(-1, 1) - x_hat.float().clamp(-1, 1)).square().mean()
     return (10 * torch.log10(4 / mse.clamp(min=1e-10))).item()
@@ -250,7 +254,7 @@ def measure_latents(vae, dataset, device, precision, videos=256):
     vae.set_latent_statistics(rearrange(torch.stack(z), "b f c h w -> b c f h w"))
 
 
-def beginning(step, config):
+def beginning(step: int, config: "TrainConfig") -> float:
     """How much of the easy start is left: falls from 1 to 0 in the first `easy_start` steps.
 
     Training begins with one question: here is the first frame, there is a sentence, all else is
@@ -288,7 +292,7 @@ def draw_batch(seed, step, config, clips, fps, latents, schedule):
     return rows, fps[index], latents[index].float(), given_mask, t, noise, images
 
 
-def draw_given_frames(rng, batch, frames, text_only):
+def draw_given_frames(rng, batch: int, frames: int, text_only: float) -> Tensor:
     """Which frames the model is given clean: bool (batch, frames), at least one is left to draw.
 
     A share `text_only` gets none; the rest is divided evenly between the first frame (image to
@@ -336,14 +340,14 @@ def encode_captions(tokenizer, captions, config, device):
         raise UserError(f"one of the captions is too long: {error}") from error
 
 
-def typical(captions, fps, count=4):
-    """A few different captions from all over the data set, and the middle frame rate."""
+def typical(captions: list[str], count: int) -> list[str]:
+    """So many different captions, at most, from all over the data set."""
     captions = sorted(set(captions))
     picked = np.linspace(0, len(captions) - 1, min(count, len(captions))).astype(int)
-    return [captions[i] for i in picked], max(round(fps.median().item(), 1), 0.1)
+    return [captions[i] for i in picked]
 
 
-def save_pipeline(pipeline, path):
+def save_pipeline(pipeline: Pipeline, path: Path) -> None:
     """model.pt: weights in half precision, which halves the file and changes nothing visible."""
     packed = pipeline.pack()
     for part in packed.values():
@@ -391,7 +395,7 @@ def adopt(args, preset, **configs):
     return adopted
 
 
-def digest(text, model=None):
+def digest(text: str, model: nn.Module | None = None) -> str:
     """A text that tells a text, and the weights of a model, from any others."""
     total = hashlib.sha256(text.encode())
     for value in model.state_dict().values() if model else ():
@@ -419,15 +423,16 @@ def open_dataset(args, preset):
 
 
 def hold_out(args, size, dataset):
-    """The data set of stage 1 without, and 256 frames (256, 3, h, w) of, the videos held out."""
+    """The data set of stage 1 without the videos held out, and HELD_OUT frames (n, 3, h, w) of
+    those."""
     if args.data == "shapes":
         held_out = MovingShapes(128, "heldout", seed=args.seed, size=size)
     else:
         dataset, held_out = dataset.divide()
     try:
-        return dataset, draw_frames(held_out, 0, 256, 0)
+        return dataset, draw_frames(held_out, 0, HELD_OUT, 0)
     except DataError:  # the few held-out videos of a small folder cannot be used
-        return dataset, draw_frames(dataset, 0, 256, 0)
+        return dataset, draw_frames(dataset, 0, HELD_OUT, 0)
 
 
 def report_skipped(dataset, out):
@@ -577,7 +582,7 @@ def make_optimizers(
     return optimizers | {"adamw": adamw}
 
 
-def learning_rate(step, config):
+def learning_rate(step: int, config: "TrainConfig") -> float:
     """Linear warm-up, constant, then a linear fall to zero over the last `decay` of the steps."""
     rise = (step + 1) / config.warmup if config.warmup else 1
     fall = (config.steps - step) / (config.decay * config.steps) if config.decay else 1
@@ -639,7 +644,7 @@ class Run:
     def __init__(self, args, preset, digests):
         self.args, self.out, self.stage, self.preset = args, Path(args.out), args.stage, preset
         self.start, self.logged, self.sums = 0, 0, {}  # the last logged step, all values since
-        self.signalled = self.stopping = False  # by Ctrl-C: in this process, in all
+        self.signalled, self.stopping = 0, False  # by Ctrl-C: its number here, anywhere
         self.record = describe_run(args, preset, digests)
         self.state, self.writer = find_state(args, self.record), None
         self.tokenizer, self.config = None, getattr(preset, f"{args.stage}_training")
@@ -667,8 +672,8 @@ class Run:
             self.writer = SummaryWriter(folder, purge_step=self.start + 1)
         (self.out / "samples").mkdir(parents=True, exist_ok=True)
         for path in (*self.out.iterdir(), *(self.out / "samples").iterdir()):
-            if UNFINISHED.fullmatch(path.name):  # left by a run that was killed while writing
-                path.unlink()
+            if UNFINISHED.fullmatch(path.name) and path.is_file():
+                path.unlink()  # left by a run that was killed while writing
         # The steps since the checkpoint come again.
         lines = [line for line in read_log(self.out / "log.jsonl")
                  if line["stage"] != self.stage or line["step"] <= self.start]
@@ -690,7 +695,7 @@ class Run:
         handlers = {n: old for n, old in handlers.items() if old != signal.SIG_IGN}  # as by nohup
 
         def note(name, frame):
-            self.signalled = True
+            self.signalled = name
             if processes() == 1:  # torchrun passes signals on, so that each comes twice
                 signal.signal(name, handlers[name])
 
@@ -703,10 +708,13 @@ class Run:
                 yield step
                 if self.stopping:
                     say("stopped; the same command with --resume goes on from there")
-                    raise KeyboardInterrupt
+                    break
         finally:
             for name, handler in handlers.items():
                 signal.signal(name, handler)
+        if self.stopping:
+            signal.raise_signal(self.signalled or signal.SIGINT)
+            raise KeyboardInterrupt
 
     def check_finite(self, *values):
         """Raises UserError unless all of these numbers are finite."""
@@ -816,7 +824,7 @@ def find_state(args, record):
     return None
 
 
-def read_state(path):
+def read_state(path: Path) -> dict:
     """What `Run.save` wrote, its tokenizer rebuilt. Raises UserError for anything else."""
     kinds = {"stage": str, "record": dict, "step": int, "gan_start": int, "easy_start": int,
              "logged": int, "sums": dict, "tokenizer": (dict, type(None)), "models": dict,
@@ -859,7 +867,7 @@ def restore(state, models, optimizers, path):
                         "settings, or choose another --out") from error
 
 
-def read_log(path):
+def read_log(path: Path) -> list[dict]:
     """The lines of log.jsonl as dicts, those that are not damaged."""
     lines, known = path.read_bytes().splitlines() if path.is_file() else [], []
     for line in lines:
@@ -958,6 +966,7 @@ PRESETS = {  # functions, so that one that contradicts itself stops nobody who t
         ),
     ),
 }
+HELD_OUT = 256  # frames to measure the autoencoder with
 VGG_WEIGHT = 0.2  # of the distance of VGG16 features, where --vgg gives their weights
 CLIP_OPTIONS = ("split", "clip_seconds", "stride", "flip")  # of `VideoFolder`
 PROMPTS = (  # drawn into samples/ while training on shapes
@@ -968,6 +977,7 @@ PROMPTS = (  # drawn into samples/ while training on shapes
 )
 
 
+@torch.no_grad()
 def check_preset(name, preset):
     """Raises UserError where the parts of a preset do not fit together."""
     try:
@@ -990,7 +1000,7 @@ def check_preset(name, preset):
 # ------------------------------------------------------------------------------ command line
 
 
-def options(**values):
+def options(**values) -> str:
     """The command-line options that set these values; none for what is not set."""
     line = []
     for name, value in values.items():
@@ -1000,13 +1010,13 @@ def options(**values):
     return " ".join(line)
 
 
-def next_command(stage, args):
+def next_command(stage: str, args: argparse.Namespace) -> str:
     """The command line that runs a stage with the same data, preset and folder."""
     same = {name: getattr(args, name) for name in ("data", *CLIP_OPTIONS, "preset", "out")}
     return f"python train.py {stage} {options(**same)}"
 
 
-def parse_args(argv=None):
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     option = parser.add_argument
     option("stage", choices=["vae", "diffusion"], help="which half to train")
@@ -1062,7 +1072,7 @@ def add_memory_options(group):
     option("--compile", action="store_true", help="translate the model with torch.compile (CUDA)")
 
 
-def configure(args):
+def configure(args: argparse.Namespace) -> Preset:
     """The preset with the command line's values in place of its own. What begins or ends at a step
     does so after the same share of a shorter or longer run. Raises UserError."""
     names = ("steps", "batch_size", "lr", "videos", "ema", "easy_start", "image_fraction")
