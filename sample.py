@@ -21,7 +21,7 @@ From Python:
 The path of each file written goes to stdout, everything else to stderr.
 """
 
-from tools import Parser, UserError, autocast, fits, load_checkpoint, number, pack
+from tools import DEVICES, Parser, UserError, autocast, fits, load_checkpoint, number, pack
 from tools import pick_device, printable, read_config, reason, run_command, unpack
 
 import argparse
@@ -265,6 +265,8 @@ def load_pipeline(path=CHECKPOINT, device="cpu") -> Pipeline:
     except Exception as error:  # damaged values fail in many ways
         raise UserError(f"{path} is not a checkpoint of this program: {reason(error)}") from error
     text_encoder = unpack(TextEncoder, TextEncoderConfig, checkpoint["text_encoder"])
+    if tokenizer.vocab_size > text_encoder.config.vocab_size:  # on a GPU the process would end
+        raise UserError(f"{path}: the tokenizer has more tokens than the text encoder knows")
     unet = unpack(UNet3D, UNet3DConfig, checkpoint["unet"])
     vae = unpack(AutoencoderKL, VAEConfig, checkpoint["vae"])
     if (unet.config.channels, unet.config.text_width) != (
@@ -397,7 +399,7 @@ def parse_args(argv=None):
         "that the model was trained on")
     add("--words", action="store_true", help="list the words and captions that the model knows")
     add("--checkpoint", default=CHECKPOINT, help="a model.pt (the shipped one)")
-    add("--device", default="auto", choices=["auto", "cpu", "cuda"])
+    add("--device", default="auto", choices=DEVICES)
     add = parser.add_argument_group("what to draw").add_argument
     add("--num", type=number(int, 1, 10_000), default=1, help="videos of each prompt (%(default)s)")
     add("--seed", type=number(int, 0, 2**62), default=0,

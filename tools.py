@@ -157,25 +157,49 @@ def print_row(**row):
 # ------------------------------------------------------------------------------ device
 
 
-def pick_device(name: str) -> torch.device:
-    """"auto", "cpu" or "cuda" -> torch.device. Raises UserError where there is no CUDA GPU."""
-    if name == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: PyTorch sees no CUDA GPU here; use --device cpu")
-    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+DEVICES = ("auto", "cpu", "cuda", "mps")
 
 
-def autocast(device: torch.device, precision: str | None = None) -> torch.autocast:
-    """bfloat16 autocast where the hardware multiplies bfloat16 matrices faster than float32 ones:
-    recent GPUs, CPUs with AMX tiles, and AMD's from Zen 4 on. precision: "bf16" or "fp32" instead,
-    whatever the hardware."""
+def pick_device(name: str, precision: str | None = None) -> torch.device:
+    """One of DEVICES -> torch.device, and PyTorch's settings for it and for --precision.
+
+    "auto" is a CUDA GPU where there is one, else the CPU. "mps", an Apple GPU, follows PyTorch's
+    documentation and has never been tried. Raises UserError where PyTorch does not see the device.
+    """
+    kinds = {"cuda": ("CUDA", torch.cuda), "mps": ("Apple", torch.backends.mps)}
+    if name in kinds and not kinds[name][1].is_available():
+        raise UserError(f"--device {name}: PyTorch sees no {kinds[name][0]} GPU here; use "
+                        "--device cpu")
+    # cuDNN's attention would take about half a second to prepare for every new shape.
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    if precision == "fp32":  # TF32 keeps 10 bits of each number, and convolutions use it by default
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)
+
+
+def product_dtype(device: torch.device, precision: str | None = None) -> torch.dtype:
+    """The number format of matrix products: bfloat16 where the hardware multiplies such matrices
+    faster than float32 ones. Recent CUDA GPUs do, CPUs with AMX tiles, and AMD's from Zen 4 on.
+
+    precision: "bf16" or "fp32" instead, whatever the hardware."""
     if precision is not None:
         fast = precision == "bf16"
     elif device.type == "cuda":
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    elif device.type == "mps":
+        fast = False
     else:
         cpu = getattr(torch.cpu, "get_capabilities", dict)()  # older versions of PyTorch: none
         amd = cpu.get("cpu_name", "").startswith("AMD")
         fast = cpu.get("amx_bf16", False) or amd and cpu.get("avx512_bf16", False)
+    return torch.bfloat16 if fast else torch.float32
+
+
+def autocast(device: torch.device, precision: str | None = None) -> torch.autocast:
+    """Matrix products in `product_dtype`, by a context manager."""
+    fast = product_dtype(device, precision) == torch.bfloat16
     return torch.autocast(device.type, torch.bfloat16, enabled=fast)
 
 

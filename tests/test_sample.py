@@ -593,6 +593,8 @@ FILES = {
 CHECKPOINTS = {  # what is changed, and what is said about it
     "program in an archive": (lambda c: c.update(unet=Malicious()), "not a readable"),
     "no tokenizer": (lambda c: c.update(tokenizer={}), "merges"),
+    "a larger tokenizer": (
+        lambda c: c["tokenizer"]["merges"].extend([[3, 4]] * 512), "more tokens than"),
     "a part is missing": (lambda c: c.pop("vae"), "vae"),
     "a part is a number": (lambda c: c.update(vae=3), "AutoencoderKL"),
     "unknown field": (config("unet", colour="red"), "'colour'"),
