@@ -1,15 +1,18 @@
 """The measurements measure what they say, on videos whose truth is known."""
 
+import html.parser
 import json
+import re
 from dataclasses import asdict
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from data import VideoFolder
-from experiments import nearest, order, reference, slices, speed, steps, tasks
-from shapes import COLOURS, DIRECTIONS, SPEED, Thing, render
+from data import FPS, VideoFolder
+from experiments import nearest, order, reference, slices, speed, steps, tasks, tour
+from shapes import COLOURS, DIRECTIONS, SPEED, Thing, read_things, render
 
 
 def rows(text):
@@ -95,9 +98,51 @@ def test_a_model_that_repeats_its_clips_is_found_out(
     assert one_rate == generated | {"clips": "generated, one rate"}
 
 
+@pytest.mark.parametrize("sentence, exact", [
+    ("a small red circle moves right, then up", True),
+    ("a green star spins while a big white ring rises", True),
+    ("<b>1</b> & 2 people swim in a very large and very blue lake", False),
+])
+def test_the_tour_is_one_page_that_names_true_places(
+    sentence, exact, tiny_checkpoint, tmp_path, capsys
+):
+    clip, drawn = tour.draw_sentence(sentence, 64)
+    assert drawn == exact
+    if exact:
+        assert all(thing.shape in sentence for thing in read_things(clip, FPS))
+    tour.tour(tiny_checkpoint, sentence, 3, tmp_path / "tour.html")
+    assert capsys.readouterr().out == f"{tmp_path / 'tour.html'}\n"
+    text = (tmp_path / "tour.html").read_text(encoding="utf-8")
+    open_tags, void = [], {"img", "meta", "br", "path", "polyline"}
+
+    class Check(html.parser.HTMLParser):
+        """Every tag is closed, and nothing is fetched from anywhere."""
+
+        def handle_starttag(self, tag, attributes):
+            attributes = dict(attributes)
+            assert tag not in ("script", "link", "iframe")
+            assert attributes.get("src", "data:").startswith("data:")
+            assert attributes.get("href", "#").startswith("#")
+            open_tags.extend([tag] if tag not in void else [])
+
+        def handle_endtag(self, tag):
+            assert tag in void or open_tags.pop() == tag
+
+    Check().feed(text)
+    assert not open_tags and "url(" not in text and "<b>1</b>" not in text
+    anchors = re.findall(r'<section id="([\w-]+)"', text)
+    assert len(anchors) == 8 and re.findall(r'<a href="#([\w-]+)"', text) == anchors
+    places = re.findall(r"<code>(\w+\.py):(\d+)</code> <code>([\w.]+)</code>", text)
+    assert len(places) > 10
+    for file, line, name in places:
+        lines = (Path(tour.__file__).parent.parent / file).read_text().splitlines()
+        here = "".join(lines[int(line) - 1 : int(line) + 2])  # the decorators are above the name
+        assert re.search(rf"def {name.split('.')[-1]}\b", here), (file, line, name)
+
+
 @pytest.mark.parametrize("module, words", [
     (order, "--num 0"), (slices, "--steps many"), (tasks, "nothing"), (steps, "--num"),
-    (reference, "--num 1"), (nearest, ""), (speed, ""),
+    (reference, "--num 1"), (nearest, ""), (speed, ""), (tour, ""), (tour, "words --out page.pdf"),
 ])
 def test_mistakes_are_told_in_one_line(module, words, capsys):
     with pytest.raises(SystemExit, match="2"):
