@@ -9,9 +9,11 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
 from data import FPS, VideoFolder
-from experiments import nearest, order, reference, slices, speed, steps, tasks, tour
+from diffusion import DiffusionConfig, SAMPLERS
+from experiments import ablate, nearest, order, reference, slices, speed, steps, tasks, tour
 from shapes import COLOURS, DIRECTIONS, SPEED, Thing, read_things, render
 
 
@@ -98,6 +100,73 @@ def test_a_model_that_repeats_its_clips_is_found_out(
     assert one_rate == generated | {"clips": "generated, one rate"}
 
 
+@pytest.mark.parametrize("name", ablate.ARMS)
+def test_every_arm_trains_and_draws(name, tiny_pipeline, monkeypatch):
+    torch.manual_seed(0)
+    arm, latents = ablate.ARMS[name], torch.randn(4, 4, 16, 8, 8)
+    captions = ["a red circle moves right", "a blue circle moves up, then left"] * 2
+    pipeline = ablate.train_arm(arm, 1, 0, captions, latents, tiny_pipeline.vae, torch.device("cpu"))
+    text = pipeline.tokenizer.batch(captions, 64)
+    context, x = pipeline.text_encoder(*text), torch.randn(1, 4, 16, 8, 8)
+    vectors = context[0, text[1][0]]
+    assert (vectors == vectors[0]).all() == (name == "pooled-text")
+    for p in pipeline.unet.parameters():
+        p.data.normal_(0, 0.1)
+    t, fps = torch.tensor([500]), torch.tensor([8.0])
+    frames = pipeline.unet.embedding(t, fps, 16, context[:1], text[1][:1])
+    assert (frames == frames[0]).all() == (name == "no-frame-position")
+
+    def predict():
+        return pipeline.unet(x, t, context[:1], text[1][:1], fps)
+
+    before = predict()
+    monkeypatch.setattr("unet3d.places", lambda h, w, device: torch.rand(64, h, w))
+    assert torch.equal(predict(), before) == (name == "no-places")
+    video = pipeline.generate(["a red circle moves right"], steps=2)
+    assert video.shape == (1, 16, 64, 64, 3)
+
+
+def test_flow_says_what_it_means():
+    schedule = ablate.Flow(DiffusionConfig(shift=3.0))
+    assert schedule.alphas_cumprod[-1] == 0 and (schedule.alphas_cumprod.diff() < 0).all()
+    torch.manual_seed(0)
+    x_start, noise, t = torch.randn(3, 4, 2, 5, 5), torch.randn(3, 4, 2, 5, 5), torch.tensor(
+        [0, 500, 999])
+    x_t, target = schedule.q_sample(x_start, t, noise), schedule.target(x_start, t, noise)
+    for found, wanted in zip(schedule.predict(target, x_t, t), (x_start, noise)):
+        assert torch.allclose(found, wanted, atol=1e-4)
+    # On the straight line: x_t is s = 0.75 of the way at s / (1 - s) = 3, the shift, for u = 1/2.
+    a = schedule.alphas_cumprod[499]
+    assert torch.isclose((1 - a).sqrt() / a.sqrt(), torch.tensor(3.0).double())
+    drawn = SAMPLERS["dpm"](lambda x, t: schedule.output(x_start, x, t), schedule, noise, 5)
+    assert torch.allclose(drawn, x_start, atol=1e-4)
+
+
+def test_arms_are_compared_with_their_errors(tiny_checkpoint, monkeypatch, capsys, tmp_path):
+    packed = torch.load(tiny_checkpoint, weights_only=True)
+    packed["vae"]["state"]["latent_std"] *= 2
+    torch.save(packed, tmp_path / "model.pt")
+    monkeypatch.setattr(ablate, "CIRCLES", ablate.CIRCLES[:3])
+    _, scenes, clips = ablate.make_world(3)
+    runs = []
+
+    def train_arm(arm, steps, seed, captions, latents, vae, device):
+        runs.append((steps, seed, latents.std().item()))
+        wrong = np.concatenate([clips[:1]] * 6)
+        right = np.concatenate([clips] * 2)
+        return SimpleNamespace(generate=lambda prompts: wrong if seed == 1 else right)
+
+    monkeypatch.setattr(ablate, "train_arm", train_arm)
+    monkeypatch.setattr(ablate, "clock", lambda device: 5.0 * len(runs))  # half a second a step
+    ablate.ablate(tmp_path / "model.pt", ["baseline", "no-normalisation"], 2.0, 2, 3)
+    found = rows(capsys.readouterr().out)
+    assert [row.get("seed") for row in found] == [0, 1, None] * 2
+    assert [row["all"] for row in found[:3]] == pytest.approx([1, 1 / 3, 2 / 3], rel=1e-3)
+    assert found[2]["all_error"] == pytest.approx(1 / 3, rel=1e-3)
+    assert [run[:2] for run in runs[:4]] == [(2, 0), (10, 0), (240, 0), (240, 1)]
+    assert runs[4][2] == pytest.approx(2 * runs[0][2], rel=1e-2)
+
+
 @pytest.mark.parametrize("sentence, exact", [
     ("a small red circle moves right, then up", True),
     ("a green star spins while a big white ring rises", True),
@@ -143,6 +212,7 @@ def test_the_tour_is_one_page_that_names_true_places(
 @pytest.mark.parametrize("module, words", [
     (order, "--num 0"), (slices, "--steps many"), (tasks, "nothing"), (steps, "--num"),
     (reference, "--num 1"), (nearest, ""), (speed, ""), (tour, ""), (tour, "words --out page.pdf"),
+    (ablate, "--arm other"), (ablate, "--minutes 0"),
 ])
 def test_mistakes_are_told_in_one_line(module, words, capsys):
     with pytest.raises(SystemExit, match="2"):
