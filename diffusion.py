@@ -279,13 +279,11 @@ def posterior(a, a_next):
 
 
 @torch.no_grad()
-def ddpm_sample(model, schedule, x, steps, randn_like=torch.randn_like, progress=None, watch=None):
+def ddpm_sample(model, schedule, x, steps, randn_like=torch.randn_like, progress=None):
     """Ancestral sampling (DDPM Algorithm 2) over any number of steps."""
     x = x.float()
-    for step, (t, a, a_next) in enumerate(sampling_steps(schedule, steps, progress)):
+    for t, a, a_next in sampling_steps(schedule, steps, progress):
         x_start, _ = denoise(model, schedule, x, t)
-        if watch is not None:
-            watch(step, t, x, x_start)
         x_start_factor, x_t_factor, variance = posterior(a, a_next)
         x = x_start_factor * x_start + x_t_factor * x
         if variance > 0:
@@ -294,15 +292,13 @@ def ddpm_sample(model, schedule, x, steps, randn_like=torch.randn_like, progress
 
 
 @torch.no_grad()
-def ddim_sample(model, schedule, x, steps, randn_like=torch.randn_like, progress=None, watch=None, eta=0.0):
+def ddim_sample(model, schedule, x, steps, randn_like=torch.randn_like, progress=None, eta=0.0):
     """DDIM: eta 0 is deterministic, 1 is DDPM. ValueError unless 0 <= eta <= 1."""
     if not 0 <= eta <= 1:
         raise ValueError(f"eta must be between 0 and 1, got {eta}")
     x = x.float()
-    for step, (t, a, a_next) in enumerate(sampling_steps(schedule, steps, progress)):
+    for t, a, a_next in sampling_steps(schedule, steps, progress):
         x_start, eps = denoise(model, schedule, x, t)
-        if watch is not None:
-            watch(step, t, x, x_start)
         # Song 2021 eq. 16, which is eta^2 times the posterior variance
         variance = eta ** 2 * (1 - a_next) / (1 - a) * (1 - a / a_next)
         # Song 2021 eq. 12; max() because rounding may leave -1e-17 at tiny a, eta = 1
@@ -313,14 +309,12 @@ def ddim_sample(model, schedule, x, steps, randn_like=torch.randn_like, progress
 
 
 @torch.no_grad()
-def dpm_solver_sample(model, schedule, x, steps, randn_like=torch.randn_like, progress=None, watch=None):
+def dpm_solver_sample(model, schedule, x, steps, randn_like=torch.randn_like, progress=None):
     """DPM-Solver++(2M): second order, so few steps do. Deterministic: randn_like is not used."""
     x = x.float()
     x_start_last = h_last = None
-    for step, (t, a, a_next) in enumerate(sampling_steps(schedule, steps, progress)):
+    for t, a, a_next in sampling_steps(schedule, steps, progress):
         x_start, _ = denoise(model, schedule, x, t)
-        if watch is not None:
-            watch(step, t, x, x_start)
         # Lu 2022: lambda = log(alpha / sigma), h = lambda_next - lambda. e^-h as a ratio is exact
         # where lambda is infinite: it is 0 from pure noise (a = 0) and to clean data (a_next = 1).
         exp_minus_h = math.sqrt(a * (1 - a_next) / ((1 - a) * a_next))

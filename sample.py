@@ -112,7 +112,7 @@ class Pipeline:
     def generate(
         self, prompts, seed=0, frames=FRAMES, fps=FPS, steps=STEPS, sampler=SAMPLER,
         guidance=GUIDANCE, rescale=0.0, batch_size=16, progress=False, given=None,
-        conditioning="mask", overlap=OVERLAP, watch=None,
+        conditioning="mask", overlap=OVERLAP,
     ):
         """Videos for a list of prompts: uint8 (len(prompts), f, h, w, 3), f = `frames`.
 
@@ -151,7 +151,7 @@ class Pipeline:
                     sentences, fps[part], guidance, rescale, clean, mask, conditioning
                 )
                 return SAMPLERS[sampler](
-                    model, self.schedule, noise(), steps, randn_like=noise, progress=bar, watch=watch
+                    model, self.schedule, noise(), steps, randn_like=noise, progress=bar
                 )
 
             clean = torch.zeros(len(stories[part]), *shape, device=self.device)
