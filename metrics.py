@@ -50,7 +50,7 @@ from tqdm import tqdm
 
 from data import FPS, FRAMES, VIDEOS, Sample, VideoFolder, read_ahead, to_model
 from diffusion import SAMPLERS
-from sample import GUIDANCE, SAMPLER, STEPS, Pipeline, load_pipeline
+from sample import GUIDANCE, SAMPLER, STEPS, check_writable, load_pipeline
 from shapes import SIZE, MovingShapes, caption_accuracy, render
 from tools import Parser, UserError, atomic_path, load_tensors, number, pick_device
 from tools import run_command, save_atomically
@@ -584,7 +584,7 @@ def inception_score(logits: Tensor | np.ndarray, splits: int = 10) -> tuple[floa
 # ------------------------------------------------------------------------------ clips
 
 
-def generate_clips(pipeline: Pipeline, captions: list, args: Namespace, fps=FPS, frames=FRAMES):
+def generate_clips(pipeline, captions: list, args: Namespace, fps=FPS, frames: int = FRAMES):
     """A `Sample` for each caption, generated with seed + its index; see `Pipeline.generate`. fps:
     one number, or one for each caption."""
     fps = np.broadcast_to(fps, len(captions))
@@ -602,7 +602,7 @@ def generate_clips(pipeline: Pipeline, captions: list, args: Namespace, fps=FPS,
             yield Sample(caption, video, float(rate), [])
 
 
-def check_words(pipeline: Pipeline, captions: Iterable[str]) -> None:
+def check_words(pipeline, captions: Iterable[str]) -> None:
     """Raises UserError for captions of `MovingShapes` that the model has no words for."""
     unknown = pipeline.tokenizer.unknown_words(" ".join(captions))
     if unknown:
@@ -621,7 +621,7 @@ class Source:
     name: str
     seed: int
     folder: VideoFolder | None = None
-    pipeline: Pipeline | None = None
+    pipeline: object = None
 
     @classmethod
     def open(cls, name: str, seed: int, args: Namespace, device: torch.device) -> "Source":
@@ -944,8 +944,10 @@ def check_combination(args: Namespace, error: Callable[[str], None]) -> None:
     args.num = args.num or (2048 if features else 200)
     if features and args.num < 2:
         error("--num 1: a distance between sets needs two clips or more")
-    if args.json and args.json.is_dir():
-        error(f"--json {args.json} is a folder: name a file")
+    if args.json:
+        check_writable(args.json)
+        if args.json.exists() and not args.json.is_file():
+            error(f"--json {args.json} is not a file: choose another name")
     inputs = {os.path.realpath(p) for p in (args.real, args.fake, args.i3d, args.inception) if p}
     if args.json and os.path.realpath(args.json) in inputs:
         error(f"--json {args.json} would overwrite an input: choose another name")
@@ -974,10 +976,12 @@ def main() -> None:
         print(fetch_i3d())
         return
     text = json.dumps(measure(args), indent=2)
-    if args.json:  # before it is printed: stdout may be a closed pipe
-        with atomic_path(args.json) as path:
-            path.write_text(text + "\n")
-    print(text)
+    try:  # neither a full disk nor a closed pipe may lose the result
+        if args.json:
+            with atomic_path(args.json) as path:
+                path.write_text(text + "\n")
+    finally:
+        print(text)
 
 
 if __name__ == "__main__":

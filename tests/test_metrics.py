@@ -4,13 +4,16 @@ are never run, and the command keeps to its protocol."""
 import hashlib
 import io
 import json
+import os
 import pickle
 import shutil
 import subprocess
+import sys
 import tarfile
 import warnings
 import zlib
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -562,6 +565,23 @@ def test_the_cache_is_kept_by_protocol(command, folder, spy, tmp_path):
     assert measured("--real", copied)[1] == both
 
 
+def test_no_result_is_lost(monkeypatch, tmp_path, capsys):
+    """Where the disk is full it is printed, and where stdout is closed it is written."""
+    path = tmp_path / "result.json"
+    monkeypatch.setattr(sys, "argv", ["metrics.py", "--fake", "shapes", "--json", str(path)])
+    monkeypatch.setattr(metrics, "measure", lambda args: {"fvd": 1})
+    with monkeypatch.context() as full:
+        full.setattr(Path, "write_text", mock.Mock(side_effect=OSError(28, "No space left")))
+        with pytest.raises(OSError, match="No space left"):
+            metrics.main()
+    assert json.loads(capsys.readouterr().out) == {"fvd": 1} and not path.exists()
+    with monkeypatch.context() as closed:
+        closed.setattr("builtins.print", mock.Mock(side_effect=BrokenPipeError))
+        with pytest.raises(BrokenPipeError):
+            metrics.main()
+    assert json.loads(path.read_text()) == {"fvd": 1}
+
+
 def test_split_takes_the_real_videos_of_a_list(command, folder, tmp_path):
     copied = shutil.copytree(folder, tmp_path / "videos")
     (copied / "testlist01.txt").write_text("0.gif\n1.gif\n2.gif\n")
@@ -604,7 +624,9 @@ FROM_FOLDER = ("--real", "FOLDER", "--frames", 9)
     (("--fake", "FOLDER", "--metrics", "captions"), "a folder has no scenes"),
     (("--fake", "VIDEO", "--metrics", "captions"), "is one video: give a folder"),
     ((*BOTH, "--fake", "SWIMMERS", "--json", "SWIMMERS"), "would overwrite an input"),
-    ((*BOTH, "--json", "EMPTY"), "is a folder: name a file"),
+    ((*BOTH, "--json", "EMPTY"), "cannot write"),
+    ((*BOTH, "--json", "VIDEO/below.json"), "cannot write"),
+    ((*BOTH, "--json", os.devnull), "is not a file"),
     ((*FROM_FOLDER, "--fake", "shapes", "--num", 7), "6 videos in"),
     ((*FROM_FOLDER, "--fake", "shapes", "--num", 6), "only 5 of the real"),
     ((*FROM_FOLDER, "--fake", "EMPTY", "--num", 5), "no videos in"),
@@ -625,7 +647,8 @@ def test_mistakes_end_with_one_line(
     if "SWIMMERS" in arguments:
         tokenizer = Tokenizer.train(["a person swims"])
         save(tiny_pipeline.pack() | {"tokenizer": tokenizer.state_dict()}, places["SWIMMERS"])
-    status, line = command(*(places.get(a, a) for a in arguments))
+    arguments = [places.get(a, str(a).replace("VIDEO", str(places["VIDEO"]))) for a in arguments]
+    status, line = command(*arguments)
     assert status == 2
     assert line.startswith("error: ") and error in line
-    assert "SWIMMERS" not in arguments or torch.load(places["SWIMMERS"], weights_only=True)
+    assert not places["SWIMMERS"].exists() or torch.load(places["SWIMMERS"], weights_only=True)
