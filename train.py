@@ -50,7 +50,7 @@ from sample import Pipeline, load_pipeline
 from shapes import MovingShapes
 from text_encoder import TextEncoder, TextEncoderConfig, Tokenizer
 from tools import Parser, UserError, atomic_path, autocast, load_checkpoint, number, pack
-from tools import pick_device, run_command, save_atomically, unpack
+from tools import out_of_memory, pick_device, run_command, save_atomically, unpack
 from unet3d import SpaceTimeBlock, UNet3D, UNet3DConfig
 from vae import AutoencoderKL, ResBlock, VAEConfig, VAELoss, VAELossConfig
 
@@ -128,7 +128,7 @@ def train_diffusion(args, preset, device):
     tokenizer, tokens, token_mask = encode_captions(
         run.tokenizer or tokenizer, captions, text_encoder.config, device
     )
-    vae, schedule = vae.to(device), schedule.to(device)
+    vae = vae.to(device)
     model = nn.ModuleDict({"text_encoder": text_encoder, "unet": unet}).to(device).train()
     ema, optimizers = EMA(model, config.ema), make_optimizers(model, config)
     same = {"data": dataset.identity(), "autoencoder": digest(vae)}
@@ -1164,9 +1164,7 @@ def main():
     try:
         stage(args, preset, device)
     except (MemoryError, RuntimeError) as error:
-        # PyTorch has an error of its own for a GPU, and none for the CPU.
-        texts = ("out of memory", "can't allocate memory")
-        if isinstance(error, RuntimeError) and not any(text in str(error) for text in texts):
+        if not out_of_memory(error):
             raise
         raise UserError(f"the memory is full: try {memory_advice(args)}") from error
 

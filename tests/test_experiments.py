@@ -81,7 +81,7 @@ def test_a_model_that_repeats_its_clips_is_found_out(
     dataset = VideoFolder(tmp_path, size=32)
     clips = {dataset[i].caption: dataset[i].video for i in range(len(dataset))}
 
-    def repeat(prompts, fps, progress):
+    def repeat(prompts, fps):
         assert np.allclose(fps, dataset[0].fps) and len(prompts) == 7
         return np.stack([clips[prompt] for prompt in prompts])
 
