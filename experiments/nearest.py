@@ -51,7 +51,7 @@ def nearest(checkpoint, data, num, picture):
     sides, found = {}, {}
     for name, some in videos.items():
         samples = (replace(s, video=v) for s, v in zip(itertools.cycle(real), some))
-        sides[name] = metrics.extract(samples, len(some), networks, device, name)
+        sides[name] = metrics.extract(samples, len(some), networks, device, title=name)
         distances = np.array([root_mean_square(video, clips) for video in some])
         if name == "real":
             np.fill_diagonal(distances, np.inf)

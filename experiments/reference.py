@@ -59,14 +59,16 @@ def reference(checkpoint, data, num, stride):
     for warning in metrics.small_sample_warnings(names, num, FRAMES):
         print(f"warning: {warning}", file=sys.stderr)
     size = metrics.common_size([real])
-    whole = metrics.extract(real.samples(args, size), num, networks, device, "real clips")
+    whole = metrics.extract(real.samples(args, size), num, networks, device, title="real clips")
     for how in ways:
         rng = np.random.default_rng(0)
         spoilt = (
             replace(sample, video=spoil(sample.video, how, rng, vae))
             for sample in fake.samples(args, size)
         )
-        side = metrics.extract(spoilt, num, networks, device, how, whole["size"])
+        side = metrics.extract(
+            spoilt, num, networks, device, title=how, size=whole["size"]
+        )
         unspoilt = side if how == "nothing" else unspoilt
         same = metrics.compare(unspoilt, side, ["fvd"])["fvd"]
         print_row(spoilt=how, num=num, **metrics.compare(whole, side, names), fvd_of_same=same)
