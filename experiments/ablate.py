@@ -13,13 +13,18 @@ It is a race as well: change anything in the model, run the baseline before and 
 whether it helps.
 """
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from tools import Parser, autocast, number, pick_device, print_row, run_command
+
 import argparse
 import copy
 import itertools
-import sys
 import time
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -28,8 +33,6 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 import train
 from data import FPS, FRAMES, to_model
 from diffusion import NoiseSchedule
@@ -37,7 +40,6 @@ from experiments.slices import CIRCLES
 from sample import CHECKPOINT, Pipeline, load_pipeline
 from shapes import Thing, caption_accuracy, describe, place_in_frame, render
 from text_encoder import TextEncoder
-from tools import Parser, autocast, number, pick_device, print_row, run_command
 from unet3d import UNet3D
 
 # ------------------------------------------------------------------------------ the arms
@@ -162,7 +164,7 @@ def train_arm(arm: dict, steps: int, seed: int, captions, latents, vae, device) 
     text_encoder = arm.get("text", TextEncoder)(preset.text)
     unet = arm.get("unet", UNet3D)(replace(preset.unet, widths=(32, 64), blocks=(1, 2)))
     diffusion = replace(preset.diffusion, **arm.get("diffusion", {}))
-    schedule = arm.get("schedule", NoiseSchedule)(diffusion).to(device)
+    schedule = arm.get("schedule", NoiseSchedule)(diffusion)
     tokenizer, tokens, token_mask = train.encode_captions(None, captions, preset.text, device)
     model = nn.ModuleDict({"text_encoder": text_encoder, "unet": unet}).to(device).train()
     ema, optimizers = train.EMA(model, config.ema), train.make_optimizers(model, config)

@@ -9,15 +9,20 @@ shape of that tensor, and where the function stands that made it.
 Letters used here: `b` batch, `c` channels, `f` frames, `h w` height and width, `l` text tokens.
 """
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from tools import Parser, UserError, atomic_path, number, pick_device, run_command
+
 import argparse
 import base64
 import html
 import inspect
 import io
 import shlex
-import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -25,15 +30,12 @@ from einops import rearrange
 from PIL import Image
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 from data import FPS, FRAMES, to_model, to_uint8
 from diffusion import SAMPLERS, NoiseSchedule, guided
 from sample import CHECKPOINT, GUIDANCE, SAMPLER, STEPS, Pipeline, load_pipeline, word_attention
 from shapes import COLOURS, REACH, UPRIGHT, WORDINGS, MovingShapes, Thing, place_in_frame
 from shapes import read_things, render
 from text_encoder import TextEncoder, Tokenizer
-from tools import Parser, UserError, atomic_path, number, pick_device, run_command
 from unet3d import CrossAttention, TemporalAttention, UNet3D, attention_weights, record_attention
 from unet3d import rotary
 from vae import AutoencoderKL
