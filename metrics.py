@@ -26,6 +26,9 @@ Letters used here: `n` clips, `b` batch, `c` channels, `d` feature width, `f` fr
 and width. Videos are uint8 arrays (f, h, w, 3), the networks' inputs float in [-1, 1].
 """
 
+from tools import Parser, UserError, atomic_path, load_tensors, number, pick_device
+from tools import run_command, save_atomically
+
 import argparse
 import hashlib
 import itertools
@@ -52,8 +55,6 @@ from data import FPS, FRAMES, VIDEOS, Sample, VideoFolder, read_ahead, to_model
 from diffusion import SAMPLERS
 from sample import GUIDANCE, SAMPLER, STEPS, check_writable, load_pipeline
 from shapes import SIZE, MovingShapes, caption_accuracy, render
-from tools import Parser, UserError, atomic_path, load_tensors, number, pick_device
-from tools import run_command, save_atomically
 
 BATCH_NORM_EPS = 1e-3  # TensorFlow's, in both networks; PyTorch's own default is 1e-5
 
@@ -584,26 +585,25 @@ def inception_score(logits: Tensor | np.ndarray, splits: int = 10) -> tuple[floa
 # ------------------------------------------------------------------------------ clips
 
 
-def generate_clips(pipeline, captions: list, args: Namespace, fps=FPS, frames: int = FRAMES):
-    """A `Sample` for each caption, generated with seed + its index; see `Pipeline.generate`. fps:
-    one number, or one for each caption."""
-    fps = np.broadcast_to(fps, len(captions))
-    how = {name: getattr(args, name) for name in ("steps", "sampler", "guidance", "batch_size")}
-    for start in range(0, len(captions), args.batch_size):
-        part = slice(start, start + args.batch_size)
+def generate_clips(pipeline, captions: list, args: Namespace, fps=None, frames=None):
+    """Yields a `Sample` for each caption, generated with seed + its index. fps: one number, or one
+    for each caption; the model's own where it is None, and so are frames."""
+    fps = np.broadcast_to(pipeline.fps if fps is None else fps, len(captions))
+    how = {"steps": args.steps, "sampler": args.sampler, "guidance": args.guidance}
+    for start in range(0, len(captions), AT_ONCE):
+        part = slice(start, start + AT_ONCE)
         try:
             videos = pipeline.generate(
                 captions[part], seed=args.seed + start, frames=frames, fps=fps[part], **how
             )
         except ValueError as error:
-            first = captions[start]
-            raise UserError(f"cannot generate {first!r} and the following: {error}") from error
+            raise UserError(f"cannot draw {captions[start]!r:.60} or the next: {error}") from error
         for caption, video, rate in zip(captions[part], videos, fps[part]):
             yield Sample(caption, video, float(rate), [])
 
 
 def check_words(pipeline, captions: Iterable[str]) -> None:
-    """Raises UserError for captions of `MovingShapes` that the model has no words for."""
+    """Raises UserError for captions with a word that the model never saw."""
     unknown = pipeline.tokenizer.unknown_words(" ".join(captions))
     if unknown:
         raise UserError(f"the model never saw {unknown[0]!r} in training, so it cannot draw the "
@@ -634,7 +634,7 @@ class Source:
             return cls(name, seed, pipeline=load_pipeline(name, device))
         split = args.split if name == (args.real or args.fake) else None
         # The same seed on both sides: a folder compared with itself is at distance 0.
-        folder = VideoFolder(name, split, args.seed, args.frames, stride=args.stride)
+        folder = VideoFolder(name, split, args.seed, stride=args.stride)
         if len(folder) < args.num:
             raise UserError(f"{len(folder)} videos in {name}, fewer than --num {args.num}")
         order = np.random.default_rng(args.seed).permutation(len(folder))
@@ -643,9 +643,8 @@ class Source:
 
     def samples(self, args: Namespace, size: int | None, captions=None, fps=None):
         """An iterator of up to `args.num` `Sample`s. captions and fps, one of each for a clip, are
-        for a checkpoint; without them it draws the captions of `MovingShapes`."""
+        for a checkpoint; without them it draws captions like those of its training."""
         if self.folder:
-            self.folder.size = size
             clips = (clip for _, clip in read_ahead(self.folder, range(len(self.folder))))
             yield from itertools.islice((clip for clip in clips if clip is not None), args.num)
             return
@@ -654,12 +653,16 @@ class Source:
             if not self.pipeline:
                 yield from (shapes[i] for i in range(args.num))
                 return
-            captions = captions or [shapes.caption(i) for i in range(args.num)]
+            if captions is None:
+                captions = [shapes.caption(i) for i in range(args.num)]
+                known = self.pipeline.data.get("captions")
+                if known and self.pipeline.tokenizer.unknown_words(" ".join(captions)):
+                    captions = list(itertools.islice(itertools.cycle(known), args.num))
         except ValueError as error:
             raise UserError("shapes leave the picture in so many frames: lower --frames") from error
         if fps is None or args.real == "shapes":
             check_words(self.pipeline, captions)
-        yield from generate_clips(self.pipeline, captions, args, fps or FPS, args.frames)
+        yield from generate_clips(self.pipeline, captions, args, fps, args.frames)
 
     def fingerprint(self, args: Namespace) -> str | list:
         """What tells this source from others, and from itself after a change."""
@@ -676,6 +679,7 @@ class Source:
 # ------------------------------------------------------------------------------ measuring
 
 SPLITS = 10  # of the Inception Score
+AT_ONCE = 20  # clips to draw between two looks at the progress bar
 CLIPS_AT_ONCE = 8  # through I3D: about 1 GiB of activations
 
 
@@ -788,15 +792,23 @@ def small_sample_warnings(names: list[str], num: int, frames: int) -> list[str]:
     return warnings
 
 
-def common_size(sources: list[Source]) -> int | None:
+def agree_on_clips(args: Namespace, sources: list[Source]) -> int | None:
     """The side in pixels that all clips are brought to: a model's, or that of `MovingShapes`; None
-    where there are only folders. Raises UserError for models of different sizes."""
-    sizes = {source.pipeline.size for source in sources if source.pipeline}
-    if len(sizes) > 1:
-        raise UserError(f"the models differ in size: {' and '.join(map(str, sizes))} pixels")
-    if sizes:
-        return sizes.pop()
-    return SIZE if any(source.name == "shapes" for source in sources) else None
+    where there are only folders. Without --frames, clips get as many as a model has learned.
+    Raises UserError for models of different sizes, and for too few frames."""
+    models = [source.pipeline for source in sources if source.pipeline]
+    if len({model.size for model in models}) > 1:
+        raise UserError(f"the models differ in size: {models[0].size} and {models[1].size} pixels")
+    size = SIZE if any(source.name == "shapes" for source in sources) else None
+    size = models[0].size if models else size
+    args.frames = args.frames or (models[0].frames if models else FRAMES)
+    if args.frames < I3D_MIN_FRAMES:
+        raise UserError(f"clips of {args.frames} frames are too short for I3D, which needs "
+                        f"{I3D_MIN_FRAMES}: give --frames")
+    for source in sources:
+        if source.folder:
+            source.folder.size, source.folder.frames = size, args.frames
+    return size
 
 
 def measure_features(args: Namespace, names: list[str]) -> tuple[dict, dict]:
@@ -810,7 +822,7 @@ def measure_features(args: Namespace, names: list[str]) -> tuple[dict, dict]:
     for option in ("stride", "split"):
         if getattr(args, option) and not folders:
             raise UserError(f"--{option} is for folders of videos: none is given")
-    size = common_size(sources)
+    size = agree_on_clips(args, sources)
     sampling = {name: getattr(args, name) for name in ("frames", "stride", "split", "seed")}
 
     def take_real():
@@ -853,9 +865,9 @@ def caption_sets(num: int) -> dict[str, list[tuple]]:
     return {"seen": with_objects(1), "held_out": rest, "two_objects": with_objects(2)}
 
 
-def measure_captions(args: Namespace) -> dict[str, dict]:
-    """`caption_accuracy` of each caption set: of clips generated at the default frame rate, or of
-    clips rendered at their own."""
+def measure_captions(args: Namespace) -> tuple[dict, float | None]:
+    """`caption_accuracy` of each caption set: of clips generated at the model's frame rate, which
+    is returned too, or of clips rendered at their own."""
     if Path(args.fake).is_dir():
         raise UserError("--metrics captions is for shapes or a checkpoint: a folder has no scenes")
     pipeline = Source.open(args.fake, args.seed, args, pick_device(args.device)).pipeline
@@ -866,11 +878,11 @@ def measure_captions(args: Namespace) -> dict[str, dict]:
             check_words(pipeline, captions)
             bar = tqdm(desc=f"captions, {name}", total=args.num, unit="clip")
             clips = generate_clips(pipeline, captions, args)
-            videos, rates = [sample.video for sample in clips if not bar.update()], FPS
+            videos, rates = [sample.video for sample in clips if not bar.update()], pipeline.fps
         else:
             videos = [render(scene, fps=rate) for scene, rate in zip(scenes, rates)]
         results[name] = caption_accuracy(scenes, videos, rates)
-    return results
+    return results, pipeline and pipeline.fps
 
 
 # ------------------------------------------------------------------------------ command line
@@ -894,7 +906,8 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
         help="clips of each side (2048), or of each kind of caption (200)",
     )
     group.add_argument(
-        "--frames", type=number(int, I3D_MIN_FRAMES, 512), default=FRAMES, help="(%(default)s)"
+        "--frames", type=number(int, I3D_MIN_FRAMES, 512),
+        help=f"of a clip (as in the checkpoint's training, else {FRAMES})",
     )
     group.add_argument(
         "--stride", type=number(int, 1, 1000), metavar="N",
@@ -914,7 +927,6 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     group.add_argument(
         "--guidance", type=number(float, 0, 100), default=GUIDANCE, help="(%(default)s)"
     )
-    group.add_argument("--batch-size", type=number(int, 1, 1000), default=20, help="(%(default)s)")
     group = parser.add_argument_group("how to run")
     group.add_argument("--json", type=Path, metavar="FILE", help="write the result there as well")
     group.add_argument(
@@ -960,11 +972,10 @@ def measure(args: Namespace) -> dict:
     if names:
         result, protocol = measure_features(args, names)
     if "captions" in args.metrics:
-        result["captions"] = measure_captions(args)
-        protocol["captions_fps"] = FPS
+        result["captions"], protocol["captions_fps"] = measure_captions(args)
     if any(Path(side).is_file() for side in (args.real, args.fake) if side):  # a checkpoint
         protocol |= {name: getattr(args, name) for name in ("steps", "sampler", "guidance")}
-    warnings = small_sample_warnings(names, args.num, args.frames)
+    warnings = small_sample_warnings(names, args.num, args.frames or FRAMES)
     for warning in warnings:
         print(f"warning: {warning}", file=sys.stderr)
     return result | {"protocol": protocol, "warnings": warnings}

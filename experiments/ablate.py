@@ -13,13 +13,18 @@ It is a race as well: change anything in the model, run the baseline before and 
 whether it helps.
 """
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from tools import Parser, autocast, number, pick_device, print_row, run_command
+
 import argparse
 import copy
 import itertools
-import sys
 import time
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -28,8 +33,6 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 import train
 from data import FPS, FRAMES, to_model
 from diffusion import NoiseSchedule
@@ -37,7 +40,6 @@ from experiments.slices import CIRCLES
 from sample import CHECKPOINT, Pipeline, load_pipeline
 from shapes import Thing, caption_accuracy, describe, place_in_frame, render
 from text_encoder import TextEncoder
-from tools import Parser, autocast, number, pick_device, print_row, run_command
 from unet3d import UNet3D
 
 # ------------------------------------------------------------------------------ the arms

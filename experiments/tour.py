@@ -9,15 +9,20 @@ shape of that tensor, and where the function stands that made it.
 Letters used here: `b` batch, `c` channels, `f` frames, `h w` height and width, `l` text tokens.
 """
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from tools import Parser, UserError, atomic_path, number, pick_device, run_command
+
 import argparse
 import base64
 import html
 import inspect
 import io
 import shlex
-import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -25,15 +30,12 @@ from einops import rearrange
 from PIL import Image
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 from data import FPS, FRAMES, to_model, to_uint8
 from diffusion import SAMPLERS, NoiseSchedule, guided
 from sample import CHECKPOINT, GUIDANCE, SAMPLER, STEPS, Pipeline, load_pipeline, word_attention
 from shapes import COLOURS, REACH, UPRIGHT, WORDINGS, MovingShapes, Thing, place_in_frame
 from shapes import read_things, render
 from text_encoder import TextEncoder, Tokenizer
-from tools import Parser, UserError, atomic_path, number, pick_device, run_command
 from unet3d import CrossAttention, TemporalAttention, UNet3D, attention_weights, record_attention
 from unet3d import rotary, rotary_table
 from vae import AutoencoderKL
@@ -42,8 +44,8 @@ from vae import AutoencoderKL
 
 
 def draw_sentence(sentence: str, size: int) -> tuple[np.ndarray, bool]:
-    """A rendered clip of a sentence, uint8 (f, h, w, 3); and whether it is of this sentence, or of
-    another one, because MovingShapes has no such sentence."""
+    """A rendered clip of a sentence, uint8 (f, h, w, 3), and True. Where MovingShapes has no such
+    sentence, a clip of another one, and False."""
     rng, things = np.random.default_rng(0), []
     # "right, then up" leaves out a word that WORDINGS has.
     for clause in sentence.lower().replace("then ", "then moves ").split(" while "):
@@ -156,6 +158,11 @@ def heatmap(values: Tensor, rows: list[str], columns: list[str]) -> str:
     return f'<table class="{kind}"><tr><td></td>{head}</tr>{body}</table>'
 
 
+def frame_numbers(video: np.ndarray) -> list[str]:
+    """Every third one, from 1."""
+    return [str(i + 1) if i % 3 == 0 else "" for i in range(len(video))]
+
+
 def curves(schedule: NoiseSchedule) -> str:
     """alpha and sigma over t, drawn as SVG."""
     a = schedule.alphas_cumprod.cpu()
@@ -234,7 +241,7 @@ def latent_stations(pipeline: Pipeline, sentence: str) -> list[str]:
     latents = pipeline.vae.encode_video(video)
     decoded = to_uint8(pipeline.vae.decode_video(latents))[0]
     error = np.square(decoded.astype(float) - clip).mean()
-    shown = np.linspace(0, FRAMES - 1, 8).astype(int)
+    shown = np.linspace(0, len(clip) - 1, 8).astype(int)
     columns = [f"{i + 1}" for i in shown]
     rows = {"The clip": [clip[i] for i in shown]}
     for c in range(latents.shape[1]):
@@ -243,7 +250,7 @@ def latent_stations(pipeline: Pipeline, sentence: str) -> list[str]:
     whose = "this sentence" if exact else "another sentence: the renderer cannot draw this one"
     schedule, generator = pipeline.schedule, torch.Generator().manual_seed(0)
     noise = torch.randn(latents.shape, generator=generator).to(latents)
-    frame, last = FRAMES // 2, schedule.config.timesteps - 1
+    frame, last = len(clip) // 2, schedule.config.timesteps - 1
     moments = [round(last * share) for share in (0, 0.1, 0.25, 0.5, 0.75, 1)]
     noisy = [schedule.q_sample(latents, torch.tensor([t], device=latents.device), noise)
              for t in moments]
@@ -294,7 +301,8 @@ WHERE = {  # the first word of a layer's name
 def sampling_stations(pipeline: Pipeline, sentence: str, run: dict, bare: dict) -> list[str]:
     steps = sorted({0, 1, 2, 4, STEPS // 3, STEPS // 2, 3 * STEPS // 4, STEPS - 1})
     labels = [f"step {i + 1}<br>t {run['steps'][i][0]}" for i in steps]
-    frames = [0, FRAMES // 3, 2 * FRAMES // 3, FRAMES - 1]
+    count = len(run["video"])
+    frames = [0, count // 3, 2 * count // 3, count - 1]
 
     def decoded(run, which):
         latents = torch.cat([run["steps"][i][which][:, :, frames] for i in steps])
@@ -304,9 +312,9 @@ def sampling_stations(pipeline: Pipeline, sentence: str, run: dict, bare: dict) 
         belief = decoded(run, 2)
         return {f"What it believes of frame {f + 1}": belief[:, i] for i, f in enumerate(frames)}
 
-    noisy = {f"What goes in: frame {FRAMES}": decoded(bare, 1)[:, -1]}
+    noisy = {f"What goes in: frame {count}": decoded(bare, 1)[:, -1]}
     words, layers = word_attention(run["words"], pipeline.tokenizer, sentence)[0], []
-    numbers = [str(i + 1) if i % 3 == 0 else "" for i in range(FRAMES)]
+    numbers = frame_numbers(run["video"])
     for name, calls in run["words"].items():
         _, weights = word_attention({name: calls}, pipeline.tokenizer, sentence)
         where = WHERE[name.split(".")[0]]
@@ -349,7 +357,7 @@ def time_station(pipeline: Pipeline, run: dict) -> str:
     """Attention in time, at the highest and at the lowest resolution that has it."""
     layers = dict(pipeline.unet.named_modules())
     names = sorted(run["times"], key=lambda name: run["times"][name].shape[2])
-    figures, numbers = [], [str(i + 1) if i % 3 == 0 else "" for i in range(FRAMES)]
+    figures, numbers = [], frame_numbers(run["video"])
     for name in (names[-1], names[0]):
         x = run["times"][name]
         side = round(x.shape[2] ** 0.5)
@@ -369,11 +377,11 @@ def time_station(pipeline: Pipeline, run: dict) -> str:
     )
 
 
-def result_station(sentence: str, video: np.ndarray) -> str:
+def result_station(sentence: str, video: np.ndarray, fps: float) -> str:
     seen = [f"{r.colour} {r.shape}: {', then '.join(str(a or 'nothing clear') for a in r.actions)}"
-            for r in read_things(video, FPS)]
+            for r in read_things(video, fps)]
     text = html.escape("; ".join(seen) or "nothing at all")
-    strips = strip({"": list(video[::2])}, [str(i + 1) for i in range(0, FRAMES, 2)])
+    strips = strip({"": list(video[::2])}, [str(i + 1) for i in range(0, len(video), 2)])
     return station(
         "Result: does it show what was asked?",
         "<p>The program that renders the training clips has an inverse. It reads from the pixels, "
@@ -454,7 +462,7 @@ footer { margin-top: 4rem; padding-top: 1rem; border-top: 1px solid var(--line) 
 """
 
 
-def page(sentence: str, video: np.ndarray, stations: list[str], made_by: str) -> str:
+def page(sentence: str, film: str, stations: list[str], made_by: str) -> str:
     """The whole page: the head, the index of stations, and the stations."""
     names = [(s.split('id="')[1].split('"')[0], s.split("<h2>")[1].split("</h2>")[0])
              for s in stations]
@@ -464,7 +472,7 @@ def page(sentence: str, video: np.ndarray, stations: list[str], made_by: str) ->
 <html lang="en"><head><meta charset="utf-8"><title>{title}</title>
 <meta name="viewport" content="width=device-width, initial-scale=1"><style>{STYLE}</style></head>
 <body><main><header><div><h1>“{title}”</h1><p>One sentence on its way through the model: from
-letters to numbers, from noise to a video.</p></div>{picture(video, sentence, FPS)}</header>
+letters to numbers, from noise to a video.</p></div>{film}</header>
 <nav><ol>{index}</ol></nav>{"".join(stations)}<footer class="soft">{made_by}</footer></main></body>
 </html>
 """
@@ -484,13 +492,14 @@ def tour(checkpoint: str, sentence: str, seed: int, out: Path) -> None:
         *text_stations(pipeline, sentence),
         *latent_stations(pipeline, sentence),
         *sampling_stations(pipeline, sentence, run, bare),
-        result_station(sentence, run["video"]),
+        result_station(sentence, run["video"], pipeline.fps),
     ]
     command = f"python experiments/tour.py {shlex.quote(sentence)}" + f" --seed {seed}" * bool(seed)
     seconds = time.perf_counter() - start
     made_by = f"Made by <code>{html.escape(command)}</code> in {seconds:.0f} seconds."
     with atomic_path(out) as path:
-        path.write_text(page(sentence, run["video"], stations, made_by), encoding="utf-8")
+        film = picture(run["video"], sentence, pipeline.fps)
+        path.write_text(page(sentence, film, stations, made_by), encoding="utf-8")
     print(out)
 
 

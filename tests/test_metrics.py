@@ -470,7 +470,7 @@ def test_clips_are_taken_alike_on_both_sides(folder):
     def read(*options):
         args = metrics.parse_args(["--real", "x", "--fake", "x", "--num", "5", *options])
         source = metrics.Source.open(folder, 0, args, None)
-        return list(source.samples(args, None)), source
+        return list(source.samples(args, metrics.agree_on_clips(args, [source]))), source
 
     options = ("--frames", "9", "--stride")
     (clips, source), (again, _) = read(*options, "1"), read(*options, "1")
@@ -603,6 +603,26 @@ def test_captions_of_shapes(command):
 
 BOTH = ("--real", "shapes", "--fake", "shapes", "--num", 2)
 FROM_FOLDER = ("--real", "FOLDER", "--frames", 9)
+
+
+def test_a_checkpoint_has_its_own_captions_frames_and_frame_rate(
+    command, tiny_pipeline, spy, tmp_path
+):
+    tokenizer = Tokenizer.train(["a person swims", "a person dives"])
+    data = {"frames": 10, "size": 32, "fps": [20.0, 30.0], "captions": sorted(tokenizer.words)}
+    packed = tiny_pipeline.pack() | {"tokenizer": tokenizer.state_dict(), "data": data}
+    arguments = ("--fake", save(packed, tmp_path / "model.pt"), "--steps", 1, "--num", 5)
+    calls = spy(Pipeline, "generate")
+    status, result = command(*arguments, "--metrics", "is")
+    (_, captions), options = calls[0]
+    assert status == 0 and captions == ["a", "dives", "person", "swims", "a"]
+    assert options["frames"] == 10 and list(options["fps"]) == [20.0] * 5
+    assert result["protocol"]["frames"] == 10 and result["protocol"]["fps"] == 20
+    data["frames"] = 8
+    save(packed, tmp_path / "model.pt")
+    status, line = command(*arguments, "--metrics", "is")
+    assert status == 2 and "clips of 8 frames are too short for I3D" in line
+    assert command(*arguments, "--metrics", "is", "--frames", 9)[0] == 0
 
 
 @pytest.mark.parametrize("arguments, error", [
