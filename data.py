@@ -11,6 +11,7 @@ arrays of shape (f, h, w, 3); `to_model` and `to_uint8` convert to and from floa
 import copy
 import csv
 import errno
+import hashlib
 import io
 import itertools
 import json
@@ -19,10 +20,10 @@ import re
 import struct
 import threading
 import warnings
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 from queue import SimpleQueue
@@ -568,6 +569,10 @@ CAPTION_KINDS = (*TABLES, *SPREADSHEETS, ".caption", ".srt", ".txt", ".vtt", ".x
 MAX_TEXT = 2**28  # bytes of a table
 
 
+# What is no caption: numbers, and what programs write where there is nothing.
+NO_CAPTION = re.compile(r"\s*([\d\s.,+-]*|nan|none|null)\s*", re.IGNORECASE)
+
+
 def find_captions(folder: Path) -> tuple[list, str]:
     """The videos of a folder and their captions: ([(name, caption), ...], where they come from).
 
@@ -585,66 +590,48 @@ def find_captions(folder: Path) -> tuple[list, str]:
     Links are followed; hidden files are not looked at. Raises DataError where there is no video, a
     caption is missing or has two versions, or a file looks like captions but cannot be used.
     """
-    found = _find(Path(folder))
-    return found.items, found.source
-
-
-@dataclass
-class _Found:
-    """What is in a folder: see `find_captions`; missing: {name: reason} of the files that a table
-    names for nothing; left_out: videos that no table names; others: files of other kinds."""
-
-    items: list
-    source: str
-    missing: dict
-    left_out: list
-    others: list
+    return _find(Path(folder))[:2]
 
 
 def _find(folder):
+    """As `find_captions`, and {name: reason} of what a table names for nothing, the videos that no
+    table names, and the files of other kinds."""
     if not os.path.isdir(folder):  # Path.is_dir raises an error for names that are too long
         raise DataError(f"{folder} is neither a folder of videos nor `shapes`, the built-in clips")
     videos, others = _walk(folder)
     if folder.absolute().name == "videos":  # their captions may lie beside it
         for name in CAPTION_FOLDERS:
             others += [f"../{name}/{other}" for other in _walk(folder.absolute().parent / name)[1]]
-    sources, missing, used, reasons = {}, {}, set(), {}
+    texts, tables, reasons = _texts(videos, others), {}, {}
     for name in others:
-        partners = [p for p in VIDEO_LISTS if os.path.join(os.path.dirname(name), p) in others]
-        lists = os.path.basename(name).lower() in CAPTION_LISTS and partners[:1]
-        if _suffix(name) not in TABLES and not lists:
-            continue
         try:
-            rows = _table_rows(folder / name) if not lists else _list_rows(
-                folder / name, (folder / name).with_name(lists[0]))  # fmt: skip
-        except (OSError, ValueError, RecursionError, csv.Error) as error:
+            if not (rows := list(_rows(folder, name, texts.get(name), others))):
+                raise ValueError("it is empty")
+            tables[name] = rows
+        except (OSError, ValueError, RecursionError) as error:
             reasons[name] = _reason(error)
-            continue
-        sources[name] = _place(folder, name, rows, missing)
-        used |= {name, *(os.path.join(os.path.dirname(name), p) for p in lists or ())}
-    texts = _texts(folder, videos, others)
-    if texts and not sources and len(texts) < len(videos):
-        without = [video for video in videos if video not in texts]
+    # A list of captions that could be used has used the list of videos beside it.
+    pairs = {os.path.dirname(name) for name in tables
+             if os.path.basename(name).lower() in CAPTION_LISTS}  # fmt: skip
+    others = [name for name in reasons if os.path.dirname(name) not in pairs
+              or os.path.basename(name) not in VIDEO_LISTS]  # fmt: skip
+    _check_unused(folder, videos, others, reasons, bool(tables))
+    captions, missing = _merge(folder, tables)
+    without = [video for video in videos if video not in captions]
+    if tables and set(tables) <= set(texts) and without:
         raise DataError(f"{len(without)} of {len(videos)} videos in {folder} have no .txt file with"
-                        f" a caption, such as {without[0]}")
-    if texts:
-        sources[".txt files"] = {v: _text_captions(folder / name) for v, name in texts.items()}
-        used.update(texts.values())
-    others = [name for name in others if name not in used]
-    _check_unused(folder, videos, others, reasons, bool(sources))
-    captions = _merge(folder, sources)
-    if sources and not captions:
-        raise DataError(f"{folder}: none of the {len(missing)} videos that {next(iter(sources))} "
-                        f"names is there, such as {next(iter(missing))}; paths start from the table"
-                        " or from the folder")
+                        f" a caption beside them, such as {without[0]}")
+    if tables and not captions:
+        raise DataError(f"{folder}: none of the {len(missing)} files is there that {min(tables)} "
+                        f"names, such as {min(missing)}; paths start from the table or the folder")
     if not captions and not videos:
         raise DataError(f"no videos in {folder}: it takes {', '.join(VIDEOS)} files, or folders of "
                         "frames")
-    source = ", ".join([*sources][:3]) or "names of folders and files"
-    left_out = [video for video in videos if video not in captions] if sources else []
-    captions = captions or {video: [_name_caption(video)] for video in videos}
+    if not tables:
+        return [(v, _name_caption(v)) for v in videos], "names of folders and files", {}, [], others
+    source = ", ".join(sorted(set(tables) - set(texts))[:3]) or ".txt files"
     items = [(video, c[0] if len(c) == 1 else c) for video, c in captions.items()]
-    return _Found(items, source, missing, left_out, others)
+    return items, source, missing, without, others
 
 
 def _walk(folder):
@@ -659,13 +646,14 @@ def _walk(folder):
         seen.add(real)
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         below = Path(root).relative_to(folder)
-        files = [(below / name).as_posix() for name in files if not name.startswith(".")]
-        found = [n for n in files if _suffix(n) in VIDEOS or _is_animation(folder / n)]
-        rest = [name for name in files if name not in set(found)]
-        if not found and root != str(folder) and any(_suffix(name) in IMAGES for name in rest):
-            found = [below.as_posix()]  # pictures and no videos: the folder itself is a video
-            rest = [name for name in rest if _suffix(name) not in IMAGES]
-        videos, others = videos + found, others + rest
+        files = {(below / name).as_posix() for name in files if not name.startswith(".")}
+        found = {n for n in files if _suffix(n) in VIDEOS or _is_animation(folder / n)}
+        pictures = {name for name in files - found if _suffix(name) in IMAGES}
+        if pictures and not found and root != str(folder):
+            found = {below.as_posix()}  # pictures and no videos: the folder itself is a video
+            files -= pictures
+        videos += found
+        others += files - found
     return sorted(videos), sorted(others)
 
 
@@ -685,20 +673,30 @@ def words(name: str) -> str:
 
 def _name_caption(video):
     *folders, name = _stem(video).split("/")
-    ucf = re.fullmatch(r"v_([A-Za-z]+)_g\d+_c\d+", name)
     named = [folder for folder in folders if folder.lower() not in PLAIN_FOLDERS]
-    name = ucf[1] if ucf else named[-1] if named else name
+    flat = re.fullmatch(r"v_([A-Za-z]+)_g\d+_c\d+", name)
+    name = flat[1] if flat else [name, *named][-1]
     sentence = {key.lower(): value for key, value in UCF101.items()}.get(name.lower())
-    # Names of files need not be text.
-    return sentence or words(name).encode(errors="replace").decode() or name
+    return sentence or words(name).encode(errors="replace").decode() or name  # not always text
+
+
+def _texts(videos, others):
+    """{name of a .txt file: videos whose captions it holds}."""
+    available, found = {name[:-4]: name for name in others if _suffix(name) == ".txt"}, {}
+    for video in videos:
+        stem = _stem(video)
+        head, parallel, tail = f"/{stem}".rpartition("/videos/")
+        names = [stem, video, *(f"../{other}/{stem}" for other in CAPTION_FOLDERS)]
+        names += [f"{head}/{other}/{tail}"[1:] for other in CAPTION_FOLDERS if parallel]
+        for name in {available[name] for name in names if name in available}:
+            found.setdefault(name, []).append(video)
+    return found
 
 
 def _read_text(path):
     """The text of a file in UTF-8 or UTF-16. Raises OSError and ValueError."""
-    if not os.path.isfile(path):
-        raise ValueError("it is not a file")
-    if os.path.getsize(path) > MAX_TEXT:
-        raise ValueError(f"it has more than {MAX_TEXT} bytes")
+    if not os.path.isfile(path) or os.path.getsize(path) > MAX_TEXT:
+        raise ValueError(f"it is not a file of at most {MAX_TEXT} bytes")
     content = Path(path).read_bytes()
     try:
         utf16 = content[:2] in (b"\xff\xfe", b"\xfe\xff")
@@ -707,75 +705,62 @@ def _read_text(path):
         raise ValueError("it is not UTF-8 text") from error
 
 
-def _csv_rows(text):
-    """Yields ("line n", {column: cell}). Raises ValueError."""
-    delimiter = max(",;\t", key=text.split("\n", 1)[0].count)
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True,
-                        skipinitialspace=True)  # fmt: skip
-    header, row = None, ()
-    while row is not None:
-        line = f"line {reader.line_num + 1}"
-        try:
-            row = next(reader, None)
-        except csv.Error as error:
-            raise ValueError(f"{line}: {error}; is a quotation mark not closed?") from error
-        if header and row:
-            if len(row) > len(header):
-                raise ValueError(f"{line}: more columns than names of columns; a caption with a "
-                                 "comma needs quotation marks around it")
-            yield line, dict(zip(header, row))
-        header = header or row
-
-
-def _json_rows(text, lines):
-    """As `_csv_rows`, of a .json or, with `lines`, a .jsonl file."""
-    rows = [(f"line {i}", row) for i, row in enumerate(text.split("\n"), 1) if row.strip()]
-    for line, row in rows if lines else [("the file", text)]:
-        try:
-            content = json.loads(row)
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{line}: {error}") from error
-        if lines or not isinstance(content, (dict, list)):
-            yield line, content
-        elif isinstance(content, list):
-            yield from ((f"entry {i}", row) for i, row in enumerate(content, 1))
-        else:  # {name: caption}, or {name: row}
-            for name, row in content.items():
-                row = row if isinstance(row, dict) else {"caption": row}
-                yield f"entry {name}", {"file": name, **row}
-
-
-def _table_rows(path):
-    """[(line, file, caption)] of a table. Raises OSError, and ValueError where it is none."""
-    text, found = _read_text(path), []
-    rows = _csv_rows(text) if _suffix(path) in (".csv", ".tsv") else _json_rows(
-        text, _suffix(path) != ".json")  # fmt: skip
-    file = caption = None
-    for line, row in rows:
-        if not isinstance(row, dict):
-            raise ValueError(f'{line}: not of the form {{"file": "...", "caption": "..."}}')
-        keys = {re.sub(r"[\s-]+", "_", str(key).strip().lower()): key for key in row}
-        file = next((keys[name] for name in FILE_COLUMNS if name in keys), file)
-        caption = next((keys[name] for name in CAPTION_COLUMNS if name in keys), caption)
-        if file is None or caption is None:
-            raise ValueError(f"{line}: its columns are {', '.join(map(str, row))}")
-        found.append((line, row.get(file), row.get(caption)))
-    if not found:
-        raise ValueError("it names no videos")
-    return found
-
-
-def _list_rows(captions, videos):
-    """As `_table_rows`, of two lists."""
-    rows = [_read_text(path).rstrip().split("\n") for path in (captions, videos)]
-    if len(rows[0]) != len(rows[1]):
-        raise ValueError(f"it has {len(rows[0])} lines, and {videos.name} has {len(rows[1])}")
-    return [(f"line {i}", file, caption) for i, (caption, file) in enumerate(zip(*rows), 1)]
+def _rows(folder, name, videos, others):
+    """Yields (where, file, caption) of a file; `videos` are those that it lies beside. Raises
+    ValueError where it does not hold captions."""
+    path, suffix = folder / name, _suffix(name)
+    partner = next((path.with_name(other) for other in VIDEO_LISTS
+                    if os.path.join(os.path.dirname(name), other) in others), None)  # fmt: skip
+    if videos or partner and path.name.lower() in CAPTION_LISTS:
+        captions = _read_text(path).rstrip().split("\n")
+        files = [None] * len(captions) if videos else _read_text(partner).rstrip().split("\n")
+        if len(files) != len(captions):
+            raise ValueError(f"it has {len(captions)} lines, and {partner.name} {len(files)}")
+        for i, (file, caption) in enumerate(zip(files, captions), 1):
+            for video in (videos if caption.strip() else []) if videos else [file]:
+                yield f"line {i}", video, caption
+        return
+    if suffix not in TABLES:
+        raise ValueError("it is of another kind")
+    text, line, columns = _read_text(path), 0, {}
+    if suffix in (".csv", ".tsv"):
+        line = 1
+        delimiter = max(",;\t", key=text.split("\n", 1)[0].count)
+        rows = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True,
+                              skipinitialspace=True)  # fmt: skip
+    elif suffix == ".json":
+        rows = json.loads(text)
+        if isinstance(rows, dict):  # {name: caption}, or {name: row}
+            rows = [{"file": key, **(row if isinstance(row, dict) else {"caption": row})}
+                    for key, row in rows.items()]  # fmt: skip
+        rows = rows if isinstance(rows, list) else [rows]
+    else:
+        rows = (json.loads(line) if line.strip() else None for line in text.split("\n"))
+    try:
+        for i, row in enumerate(rows, 1):
+            line = getattr(rows, "line_num", i)
+            where = f"{'entry' if suffix == '.json' else 'line'} {line}"
+            if row is None:
+                continue
+            if not isinstance(row, dict):
+                raise ValueError(f'{where} is no {{"file": "...", "caption": "..."}}')
+            if None in row:
+                raise ValueError(f"{where} has too many columns; commas need quotation marks")
+            keys = {re.sub(r"[\s-]+", "_", str(key).strip().lower()): key for key in row}
+            for kind, names in (("file", FILE_COLUMNS), ("caption", CAPTION_COLUMNS)):
+                columns[kind] = next((keys[n] for n in names if n in keys), columns.get(kind))
+            if None in columns.values():
+                raise ValueError(f"its columns are {', '.join(map(str, row))}")
+            yield where, row.get(columns["file"]), row.get(columns["caption"])
+    except csv.Error as error:
+        raise ValueError(f"line {line + 1}: {error}; a quotation mark is not closed?") from error
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise ValueError(f"line {line + 1}: {error}") from error
 
 
 def _locate(folder, base, file):
     """The name below `folder` of what a table in its folder `base` calls `file`, or None."""
-    for path in (file, file.replace("\\", "/")):
+    for path in (file.strip(), file.strip().replace("\\", "/")):
         for start in (base, ""):
             name = os.path.normpath(os.path.join(start, path))
             # A path that leads out of the folder must begin like one.
@@ -785,70 +770,34 @@ def _locate(folder, base, file):
     return None
 
 
-def _place(folder, table, rows, missing):
-    """{video: captions} of the rows of a table; adds to `missing` what is not there."""
-    placed, base = {}, os.path.dirname(table)
-    for line, file, caption in rows:
-        where = f"{folder / table}, {line}"
-        if not isinstance(file, str) or not file.strip():
-            raise DataError(f"{where}: no name of a file")
-        texts = _checked(caption, where)
-        if any(_locate(folder, base, re.split("[,;\t]", rest)[0])
-               for rest in str(caption).split("\n")[1:]):  # fmt: skip
-            raise DataError(f"{where}: a quotation mark is not closed")
-        name = _locate(folder, base, file.strip())
-        if name is None:
-            missing[file.strip()] = f"{table} names it, and it is not there"
-        else:
-            known = placed.setdefault(name, [])
-            known += [text for text in texts if text not in known]
-    return placed
-
-
-def _checked(caption, where):
-    """A list of captions. Raises DataError where one is not words."""
-    texts = caption if isinstance(caption, list) and caption else [caption]
-    for text in texts:
-        if not isinstance(text, str) or re.fullmatch(r"(?i)[\d\s.,+-]*|nan|none|null", text.strip()):
-            raise DataError(f"{where}: no caption, but {str(text)[:40]!r}")
-    return [" ".join(text.encode(errors="replace").decode().split()) for text in texts]
-
-
-def _texts(folder, videos, others):
-    """{video: name of the .txt file with its captions}."""
-    available = {name[:-4]: name for name in others if _suffix(name) == ".txt"}
-    found = {}
-    for video in videos:
-        stem = _stem(video)
-        head, parallel, tail = f"/{stem}".rpartition("/videos/")
-        names = [stem, video, *(f"../{other}/{stem}" for other in CAPTION_FOLDERS)]
-        names += [f"{head}/{other}/{tail}"[1:] for other in CAPTION_FOLDERS if parallel]
-        found.update((video, available[name]) for name in names[::-1] if name in available)
-    return found
-
-
-def _text_captions(path):
-    try:
-        lines = _read_text(path).split("\n")
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path} cannot be read: {_reason(error)}") from error
-    captions = [text for i, line in enumerate(lines, 1) if line.strip()
-                for text in _checked(line, f"{path}, line {i}")]  # fmt: skip
-    if not captions:
-        raise DataError(f"{path} is empty: it must hold the caption of the video beside it")
-    return captions
-
-
-def _merge(folder, sources):
-    """{video: captions} of all sources. Raises DataError where two of them contradict."""
-    merged, origin = {}, {}
-    for source, part in sources.items():
-        for video, captions in part.items():
-            if merged.setdefault(video, captions) != captions:
-                raise DataError(f"{folder}: {origin[video]} and {source} give {video} different "
+def _merge(folder, tables):
+    """{video: captions} of all tables, and {file: reason} of what is not there. Raises DataError
+    for captions that are not words or contradict each other."""
+    merged, missing, origin = {}, {}, {}
+    for table, rows in tables.items():
+        placed, base = {}, os.path.dirname(table)
+        for where, file, caption in rows:
+            captions = caption if isinstance(caption, list) and caption else [caption]
+            if not isinstance(file, str) or not file.strip():
+                raise DataError(f"{folder / table}, {where}: no name of a file")
+            name = _locate(folder, base, file)
+            for text in captions:
+                if not isinstance(text, str) or NO_CAPTION.fullmatch(text):
+                    raise DataError(f"{folder / table}, {where}: no caption but {str(text)[:40]!r}")
+                later = [re.split("[,;\t]", line)[0] for line in text.split("\n")[1:]]
+                if any(_locate(folder, base, line) for line in later):
+                    raise DataError(f"{folder / table}, {where}: a quotation mark is not closed")
+                text = " ".join(text.encode(errors="replace").decode().split())
+                if name and text not in placed.setdefault(name, []):
+                    placed[name].append(text)
+            if not name:
+                missing[file.strip()] = f"{table} names it, and it is not there"
+        for name, captions in placed.items():
+            if merged.setdefault(name, captions) != captions:
+                raise DataError(f"{folder}: {origin[name]} and {table} give {name} different "
                                 "captions; take one of them out of the folder")
-            origin.setdefault(video, source)
-    return merged
+            origin.setdefault(name, table)
+    return merged, missing
 
 
 def _check_unused(folder, videos, others, reasons, explicit):
@@ -858,38 +807,38 @@ def _check_unused(folder, videos, others, reasons, explicit):
     stems = {_stem(name).lower() for name in names}
     for name in others:
         stem, suffix = os.path.splitext(os.path.basename(name).lower())
-        if suffix not in CAPTION_KINDS:
-            continue
-        listed = stem in CAPTION_NAMES and suffix != ".txt" or stem in VIDEO_LISTS
+        listed = stem in CAPTION_NAMES and (suffix != ".txt" or stem + suffix in VIDEO_LISTS)
         beside = stem in stems and (suffix == ".txt" or not explicit)
         sheet = suffix in SPREADSHEETS and not explicit
-        if listed or beside or sheet or "caption" in stem or "prompt" in stem or _mentions(
-            folder / name, names, stems
+        if suffix in CAPTION_KINDS and (
+            listed or beside or sheet or re.search("caption|prompt", stem)
+            or _mentions(folder / name, names, stems)
         ):
-            reason = f" ({reasons[name]})" if name in reasons else ""
             raise DataError(
-                f"{folder / name} looks like captions and cannot be used{reason}: captions are read"
-                f" from tables ({', '.join(TABLES)}) with the columns file and caption, or from a "
-                ".txt file beside each video; or take it out of the folder"
+                f"{folder / name} looks like captions and cannot be used ({reasons[name]}): "
+                f"captions are read from tables ({', '.join(TABLES)}) with the columns file and "
+                "caption, or from a .txt file beside each video; or take it out of the folder"
             )
 
 
 def _mentions(path, names, stems):
-    """Whether a text names videos and has words about them, in one line."""
+    """Whether a text names videos and says more about them than numbers."""
     if not os.path.isfile(path):
         return False
     with open(path, "rb") as file:
-        text = file.read(2**20).decode(errors="replace").replace("\0", "")
-    lines = [line for line in text.splitlines() if line.strip()]
-    begun = 0
+        lines = file.read(2**20).decode(errors="replace").replace("\0", "").splitlines()
+    begun, lines = 0, [line for line in lines if line.strip()]
     for line in lines:
-        parts = [part for part in re.split(r"""[\s,;:"'|{}\[\]()]+""", line) if part]
-        parts += [part.strip() for part in re.split(r"""[,;\t|:"]""", line)]
-        named = {part for part in parts if re.split(r"[\\/]", part)[-1] in names}
-        about = any(re.search(r"[^\W\d_]{2}", part) for part in parts if part not in named)
+        parts = re.split(r"""[,;\t|:"]""", line) + re.split(r"""[\s,;:"'|{}\[\]()]+""", line)
+        named = [part for part in parts if re.split(r"[\\/]", part.strip())[-1] in names]
+        begin = next(filter(None, map(str.strip, parts[::-1][-2::-1])), "")
+        rest = line
+        for part in named:
+            rest = rest.replace(part, "")
+        about = re.search(r"[^\W\d_]{2}", rest)
         if named and about:
             return True
-        begun += bool(parts) and about and _stem(parts[0]).lower() in stems
+        begun += bool(about) and _stem(begin).lower() in stems
     return 2 * begun > len(lines)
 
 
@@ -919,23 +868,26 @@ class VideoFolder:
     """Captioned clips of the videos in a folder; `dataset[i]` is a `Sample` of video i.
 
     Videos and captions: see `find_captions`; split: see `read_split`. A clip has `frames` frames,
-    cut to `size` x `size` pixels (None: left as they are), that cover the whole action: they lie
-    evenly in time from the first to the last frame of the video, and the sample's `fps` is the rate
-    that results.
+    cut to `size`, (w, h) or the side of a square (None: left as they are), that cover the whole
+    action: they lie evenly in time from the first to the last frame of the video, and the sample's
+    `fps` is the rate that results.
     clip_seconds: only a window of this length, from a random place; stride: instead, every
     stride-th frame from a random one on. Random means drawn by (seed, i). flip: mirrors half of the
     clips; off, because left and right are words.
 
     `dataset[i]` raises VideoError where video i is unreadable or too short; its name and the reason
-    go into the dict `skipped`. Raises DataError where no video can be used.
+    go into the dict `skipped`, where those are too that a table names but that are not there.
+    `passing` has the names of those that may be readable another time, after an error of the disk.
+    Raises DataError where no video can be used.
     """
 
     def __init__(
-        self, folder, split=None, seed=0, frames=FRAMES, size=64, clip_seconds=None, stride=None,
-        flip=False,
+        self, folder: Path, split: str | None = None, seed: int = 0, frames: int = FRAMES,
+        size: int | tuple | None = 64, clip_seconds: float | None = None, stride: int | None = None,
+        flip: bool = False,
     ):
-        self.folder, self.skipped = Path(folder), {}
-        self.items, self.source = find_captions(folder)
+        self.folder, self.passing = Path(folder), set()
+        self.items, self.source, self.skipped, self.left_out, self.others = _find(self.folder)
         if split is not None:
             names = read_split(folder, split)
             self.items = [item for item in self.items if Path(item[0]).name in names]
@@ -944,20 +896,29 @@ class VideoFolder:
         self.seed, self.frames, self.size = seed, frames, size
         self.clip_seconds, self.stride, self.flip = clip_seconds, stride, flip
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.items)
 
-    def __getitem__(self, index):
+    def __getitem__(self, index: int) -> Sample:
         if not 0 <= index < len(self.items):
             raise IndexError(index)
         rng = np.random.default_rng((self.seed, index))
         video, times = self._read(index, rng, lambda times: self._pick(times, rng))
         return Sample(self.caption(index), video, (self.frames - 1) / (times[-1] - times[0]))
 
-    def caption(self, index):
-        return self.items[index][1]
+    def captions(self, index: int) -> list[str]:
+        """All captions of video i."""
+        captions = self.items[index][1]
+        return [captions] if isinstance(captions, str) else captions
 
-    def random_frames(self, index, rng, count):
+    def caption(self, index: int, epoch: int = 0) -> str:
+        """One of them, drawn by (seed, i, epoch); that of epoch 0 is the one of `dataset[i]`."""
+        captions = self.captions(index)
+        if len(captions) == 1:
+            return captions[0]
+        return captions[np.random.default_rng((self.seed, index, epoch)).integers(len(captions))]
+
+    def random_frames(self, index: int, rng: np.random.Generator, count: int) -> np.ndarray:
         """`count` different frames of a video, cut out at one random place: uint8 (count, h, w,
         3)."""
 
@@ -967,19 +928,33 @@ class VideoFolder:
 
         return self._read(index, rng, pick, rng.random(2))[0]
 
-    def identity(self):
-        """All that the pictures depend on, besides the source code, as text."""
-        files = []
-        for name, _ in self.items:
-            try:
-                stat = os.stat(self.folder / name)
-                files.append((name, stat.st_size, stat.st_mtime_ns))
-            except OSError:  # a link to nowhere
-                files.append((name, None, None))
+    def identity(self) -> str:
+        """All that the pictures depend on, besides the source code and wherever the folder is."""
+        files = [(name, _fingerprint(self.folder / name)) for name, _ in self.items]
         settings = (self.seed, self.frames, self.size, self.clip_seconds, self.stride, self.flip)
         return repr((settings, files))
 
-    def divide(self, every=20):
+    def summary(self) -> list[str]:
+        """Lines that tell what will be learned, and warn of what cannot be."""
+        count = Counter(text for i in range(len(self)) for text in self.captions(i))
+        spread = Counter(word for text in count for word in set(text.lower().split()))
+        rare = sum(spread[word] == 1 and count[text] == 1
+                   for text in count for word in set(text.lower().split()))  # fmt: skip
+        lines = [f"{len(self)} videos, {len(count)} different captions from {self.source}"]
+        lines += [f'{n} x "{text}"' for text, n in count.most_common(3)]
+        for names, what in ((self.left_out, "videos without a caption are left out"),
+                            (self.skipped, "videos that captions name are not there"),
+                            (self.others, "other files lie among them")):  # fmt: skip
+            if names:
+                lines.append(f"{len(names)} {what}, such as {min(names)}")
+        if len(count) == 1 and len(self) > 1:
+            lines.append("warning: all captions are the same: text will make no difference")
+        elif 2 * rare > spread.total():
+            lines.append("warning: most words stand in a single caption of a single video; what they"
+                         " mean cannot be learned")
+        return lines
+
+    def divide(self, every: int = 20) -> tuple["VideoFolder", "VideoFolder"]:
         """Two data sets: without every 20th video, and with nothing else. A single video is in
         both."""
         rest, part = copy.copy(self), copy.copy(self)
@@ -1007,10 +982,11 @@ class VideoFolder:
         name = self.items[index][0]
         try:
             if name in self.skipped:
-                raise VideoError(self.skipped[name])
+                raise VideoError(self.skipped[name], name in self.passing)
             video, times = read_frames(self.folder / name, pick, self.size, place)
         except VideoError as error:
             self.skipped[name] = str(error)
+            self.passing.update([name] if error.passing else [])
             if all(name in self.skipped for name, _ in self.items):
                 first = self.items[0][0]
                 raise DataError(f"none of the {len(self.items)} videos in {self.folder} can be "
@@ -1019,6 +995,25 @@ class VideoFolder:
         if self.flip and rng.random() < 0.5:
             video = np.ascontiguousarray(video[:, :, ::-1])
         return video, times
+
+
+def _fingerprint(path):
+    """Tells the contents of a file or folder of frames from others: sizes and three samples, since
+    reading all would take minutes."""
+    try:
+        if os.path.isdir(path):
+            names = [name for name in sorted(os.listdir(path)) if _suffix(name) in IMAGES]
+            return [(name, _fingerprint(path / name)) for name in names]
+        if not os.path.isfile(path):
+            return None
+        size, digest = os.path.getsize(path), hashlib.sha256()
+        with open(path, "rb") as file:
+            for position in (0, size // 2, max(size - 4096, 0)):
+                file.seek(position)
+                digest.update(file.read(4096))
+        return size, digest.hexdigest()
+    except OSError:
+        return None
 
 
 # ---------------------------------------------------------------------- the classes of UCF-101
