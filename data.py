@@ -150,6 +150,7 @@ def _write_sheet(path, video, fps, upscale):
 
 # ------------------------------------------------------------------------------ reading videos
 
+PIXELS = 2  # number of the code that makes frames of a file: goes up whenever it makes others
 VIDEOS = (".3g2", ".3gp", ".asf", ".avi", ".divx", ".dv", ".f4v", ".flv", ".gif", ".m2ts", ".m2v",
           ".m4v", ".mkv", ".mov", ".mp4", ".mpe", ".mpeg", ".mpg", ".mts", ".mxf", ".ogv", ".qt",
           ".ts", ".vob", ".webm", ".wmv", ".y4m")  # fmt: skip
@@ -903,13 +904,24 @@ class VideoFolder:
         if not 0 <= index < len(self.items):
             raise IndexError(index)
         rng = np.random.default_rng((self.seed, index))
-        video, times = self._read(index, rng, lambda times: self._pick(times, rng))
+        try:
+            video, times = self._read(index, rng, lambda times: self._pick(times, rng))
+        except VideoError as error:
+            if all(name in self.skipped for name, _ in self.items):
+                raise self.unusable() from error
+            raise
         return Sample(self.caption(index), video, (self.frames - 1) / (times[-1] - times[0]))
 
     def captions(self, index: int) -> list[str]:
         """All captions of video i."""
         captions = self.items[index][1]
         return [captions] if isinstance(captions, str) else captions
+
+    def unusable(self) -> DataError:
+        """The error that says that no video of the data set can be used."""
+        name, why = min(self.skipped.items())
+        return DataError(f"none of the {len(self.items)} videos in {self.folder} can be used; "
+                         f"{name}: {why}")
 
     def caption(self, index: int, epoch: int = 0) -> str:
         """One of them, drawn by (seed, i, epoch); that of epoch 0 is the one of `dataset[i]`."""
@@ -929,10 +941,10 @@ class VideoFolder:
         return self._read(index, rng, pick, rng.random(2))[0]
 
     def identity(self) -> str:
-        """All that the pictures depend on, besides the source code and wherever the folder is."""
+        """All that the pictures depend on, wherever the folder is, as text."""
         files = [(name, _fingerprint(self.folder / name)) for name, _ in self.items]
         settings = (self.seed, self.frames, self.size, self.clip_seconds, self.stride, self.flip)
-        return repr((settings, files))
+        return repr((PIXELS, settings, files))
 
     def summary(self) -> list[str]:
         """Lines that tell what will be learned, and warn of what cannot be."""
@@ -948,10 +960,10 @@ class VideoFolder:
             if names:
                 lines.append(f"{len(names)} {what}, such as {min(names)}")
         if len(count) == 1 and len(self) > 1:
-            lines.append("warning: all captions are the same: text will make no difference")
-        elif 2 * rare > spread.total():
-            lines.append("warning: most words stand in a single caption of a single video; what they"
-                         " mean cannot be learned")
+            lines.append("warning: all captions are the same, so that no text can be learned")
+        elif 2 * rare >= spread.total():
+            lines.append("warning: most words belong to one video only, so that what they mean "
+                         "cannot be learned")
         return lines
 
     def divide(self, every: int = 20) -> tuple["VideoFolder", "VideoFolder"]:
@@ -981,16 +993,10 @@ class VideoFolder:
     def _read(self, index, rng, pick, place=(0.5, 0.5)):
         name = self.items[index][0]
         try:
-            if name in self.skipped:
-                raise VideoError(self.skipped[name], name in self.passing)
             video, times = read_frames(self.folder / name, pick, self.size, place)
         except VideoError as error:
             self.skipped[name] = str(error)
             self.passing.update([name] if error.passing else [])
-            if all(name in self.skipped for name, _ in self.items):
-                first = self.items[0][0]
-                raise DataError(f"none of the {len(self.items)} videos in {self.folder} can be "
-                                f"used; {first}: {self.skipped[first]}") from error
             raise
         if self.flip and rng.random() < 0.5:
             video = np.ascontiguousarray(video[:, :, ::-1])

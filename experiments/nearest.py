@@ -45,8 +45,8 @@ def nearest(checkpoint, data, num, picture):
     videos = {
         "real": clips,
         "copy": np.stack([spoil(clip, "reconstructed", None, pipeline.vae) for clip in clips]),
-        "generated": pipeline.generate(asked, fps=rates, progress=True),
-        "generated, one rate": pipeline.generate(asked, fps=np.median(rates), progress=True),
+        "generated": pipeline.generate(asked, fps=rates),
+        "generated, one rate": pipeline.generate(asked, fps=np.median(rates)),
     }
     sides, found = {}, {}
     for name, some in videos.items():

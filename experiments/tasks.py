@@ -50,7 +50,7 @@ def given_frames(pipeline, num):
         for conditioning in CONDITIONINGS:
             start = time.perf_counter()
             videos = pipeline.generate(
-                [sample.caption for sample in samples], given={i: truth[:, i] for i in where},
+                [sample.caption for sample in samples], pictures={i: truth[:, i] for i in where},
                 conditioning=conditioning,
             )
             seconds = time.perf_counter() - start
