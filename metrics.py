@@ -876,9 +876,9 @@ def measure_captions(args: Namespace) -> tuple[dict, float | None]:
         captions, rates, scenes = zip(*samples)
         if pipeline:
             check_words(pipeline, captions)
-            bar = tqdm(desc=f"captions, {name}", total=args.num, unit="clip")
-            clips = generate_clips(pipeline, captions, args)
-            videos, rates = [sample.video for sample in clips if not bar.update()], pipeline.fps
+            clips, rates = generate_clips(pipeline, captions, args), pipeline.fps
+            bar = tqdm(clips, f"captions, {name}", args.num, unit="clip")
+            videos = [sample.video for sample in bar]
         else:
             videos = [render(scene, fps=rate) for scene, rate in zip(scenes, rates)]
         results[name] = caption_accuracy(scenes, videos, rates)
