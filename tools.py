@@ -2,7 +2,7 @@
 interrupts, closed streams), types of arguments, device and precision, files that appear whole or
 not at all, and checkpoints.
 
-Commands import this module before all others, so that Ctrl-C during the imports is one line, too.
+A command imports this module first: from then on Ctrl-C is one line, during the other imports, too.
 """
 
 import argparse
@@ -13,6 +13,7 @@ import os
 import signal
 import sys
 import warnings
+from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 
@@ -36,12 +37,12 @@ class UserError(Exception):
     """A mistake of the user's: shown as one line, exit status 2."""
 
 
-def printable(text):
+def printable(text: object) -> str:
     """The text on one line: control characters, of file names for example, are escaped."""
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(text))
 
 
-def reason(error):
+def reason(error: Exception) -> str:
     """What went wrong, in one line."""
     text = getattr(error, "strerror", None) or str(error)
     named = f"{type(error).__name__} {text}" if isinstance(error, KeyError) or not text else text
@@ -77,7 +78,7 @@ def interrupt(number, frame):
     raise KeyboardInterrupt
 
 
-def out_of_memory(error):
+def out_of_memory(error: Exception) -> bool:
     """Is it a full memory? PyTorch has no error of its own for that on a CPU, and cuBLAS and cuDNN
     say it in their own words."""
     texts = ("out of memory", "can't allocate memory", "not enough memory", "ALLOC_FAILED",
@@ -87,7 +88,7 @@ def out_of_memory(error):
     return full or isinstance(error, MemoryError)
 
 
-def run_command(command):
+def run_command(command: Callable):
     """Call `command()` for a command line. What the user can mend, such as a UserError or a full
     disk or memory, ends it with one line and exit status 2; Ctrl-C, SIGTERM and SIGHUP with status
     128 + the signal's number, after files that are not complete have been deleted."""
@@ -129,7 +130,7 @@ class Parser(argparse.ArgumentParser):
         return super().parse_known_args(args, namespace)
 
 
-def number(kind, low, high):
+def number(kind: type, low: float, high: float) -> Callable:
     """An argparse type: int or float from `low` to `high`."""
 
     def parse(text):
@@ -156,27 +157,49 @@ def print_row(**row):
 # ------------------------------------------------------------------------------ device
 
 
-def pick_device(name):
-    """"auto", "cpu" or "cuda" -> torch.device. Raises UserError where there is no CUDA GPU."""
-    if name == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: PyTorch sees no CUDA GPU here; use --device cpu")
-    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+DEVICES = ("auto", "cpu", "cuda", "mps")
 
 
-def autocast(device, precision=None):
-    """bfloat16 autocast where the hardware multiplies bfloat16 matrices faster than float32 ones:
-    recent GPUs, CPUs with AMX tiles, and AMD's from Zen 4 on. On 2 cores of the latter it did 396
-    against 135 GFLOP/s, on 2 of an Intel Xeon with AVX-512 and no AMX 137 against 282.
+def pick_device(name: str, precision: str | None = None) -> torch.device:
+    """One of DEVICES -> torch.device, and PyTorch's settings for it and for --precision.
+
+    "auto" is a CUDA GPU where there is one, else the CPU. "mps", an Apple GPU, follows PyTorch's
+    documentation and has never been tried. Raises UserError where PyTorch does not see the device.
+    """
+    kinds = {"cuda": ("CUDA", torch.cuda), "mps": ("Apple", torch.backends.mps)}
+    if name in kinds and not kinds[name][1].is_available():
+        raise UserError(f"--device {name}: PyTorch sees no {kinds[name][0]} GPU here; use "
+                        "--device cpu")
+    # cuDNN's attention would take about half a second to prepare for every new shape.
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    if precision == "fp32":  # TF32 keeps 10 bits of each number, and convolutions use it by default
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)
+
+
+def product_dtype(device: torch.device, precision: str | None = None) -> torch.dtype:
+    """The number format of matrix products: bfloat16 where the hardware multiplies such matrices
+    faster than float32 ones. Recent CUDA GPUs do, CPUs with AMX tiles, and AMD's from Zen 4 on.
 
     precision: "bf16" or "fp32" instead, whatever the hardware."""
     if precision is not None:
         fast = precision == "bf16"
     elif device.type == "cuda":
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    elif device.type == "mps":
+        fast = False
     else:
         cpu = getattr(torch.cpu, "get_capabilities", dict)()  # older versions of PyTorch: none
         amd = cpu.get("cpu_name", "").startswith("AMD")
         fast = cpu.get("amx_bf16", False) or amd and cpu.get("avx512_bf16", False)
+    return torch.bfloat16 if fast else torch.float32
+
+
+def autocast(device: torch.device, precision: str | None = None) -> torch.autocast:
+    """Matrix products in `product_dtype`, by a context manager."""
+    fast = product_dtype(device, precision) == torch.bfloat16
     return torch.autocast(device.type, torch.bfloat16, enabled=fast)
 
 
@@ -201,7 +224,7 @@ def atomic_path(path):
         temporary.unlink(missing_ok=True)
 
 
-def load_tensors(path, kind):
+def load_tensors(path: Path, kind: str) -> object:
     """What torch.save wrote: tensors and plain values; nothing in the file is imported or run.
 
     Raises UserError, which calls the file a `kind`, where it cannot be read.
@@ -214,7 +237,7 @@ def load_tensors(path, kind):
         raise UserError(f"{path} is not a readable {kind} ({reason(error):.80})") from error
 
 
-def save_atomically(checkpoint, path):
+def save_atomically(checkpoint: dict, path: Path):
     """torch.save that leaves the old file or the new one, never half of one. Raises UserError."""
     with atomic_path(path) as temporary:
         try:
@@ -223,7 +246,7 @@ def save_atomically(checkpoint, path):
             raise UserError(f"cannot write {path}: is the disk full?") from error
 
 
-def load_checkpoint(path, *parts):
+def load_checkpoint(path: Path, *parts: str) -> dict:
     """Read a checkpoint that holds at least the named parts. Raises UserError otherwise."""
     path = Path(path)
     if not path.is_file():
@@ -235,12 +258,12 @@ def load_checkpoint(path, *parts):
     return checkpoint
 
 
-def pack(model):
+def pack(model: torch.nn.Module) -> dict:
     """A model as plain values and tensors: its config and its weights."""
     return {"config": vars(model.config), "state": model.state_dict()}
 
 
-def fits(value, default, high):
+def fits(value: object, default: object, high: int) -> bool:
     """Is it a value for a config's field with this default? Whole numbers are at most `high`."""
     if isinstance(default, tuple):
         return type(value) in (tuple, list) and 0 < len(value) <= 16 and all(
@@ -252,7 +275,7 @@ def fits(value, default, high):
     return type(value) is type(default)
 
 
-def read_config(config_class, values):
+def read_config(config_class: type, values: dict) -> object:
     """The config that a checkpoint's plain values mean; fields that it lacks have their defaults.
     Raises ValueError, which names the field, for anything that is no config of this class."""
     defaults = {field.name: field.default for field in fields(config_class)}
@@ -265,31 +288,31 @@ def read_config(config_class, values):
     return config_class(**{k: tuple(v) if type(v) is list else v for k, v in values.items()})
 
 
-def check_weights(state, expected):
+def check_weights(state: dict, expected: dict):
     """Raises ValueError unless `state` has the names and shapes of `expected`, both state dicts,
     and holds finite numbers that take no more memory than the file did."""
-    def complain(what, names):
-        if names:
-            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-            raise ValueError(f"{what} {', '.join(map(str, names[:3]))}{more}")
-
     def usable(x):
         floats = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
         return isinstance(x, torch.Tensor) and x.dtype in floats and x.layout == torch.strided \
             and not x.is_nested and x.device.type == "cpu"
 
-    complain("the weights lack", [k for k in expected if k not in state])
-    complain("the config has no place for", [k for k in state if k not in expected])
-    complain("no tensor of numbers:", [k for k, x in state.items() if not usable(x)])
-    shapes = {k: f"{k} {tuple(x.shape)}" for k, x in state.items() if x.shape != expected[k].shape}
-    complain("the config asks for other shapes than", list(shapes.values()))
+    def refuse(what, names):
+        if names:
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            raise ValueError(f"{what} {', '.join(map(str, names[:3]))}{more}")
+
+    refuse("the weights lack", [k for k in expected if k not in state])
+    refuse("the config has no place for", [k for k in state if k not in expected])
+    refuse("no tensor of numbers:", [k for k, x in state.items() if not usable(x)])
+    refuse("the config asks for other shapes than", [
+        f"{k} {tuple(x.shape)}" for k, x in state.items() if x.shape != expected[k].shape])
     stored = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in state.values()}
     if sum(x.numel() * x.element_size() for x in state.values()) > sum(stored.values()):
         raise ValueError("the tensors are larger than what the file holds of them")
-    complain("not finite:", [k for k, x in state.items() if not x.isfinite().all()])
+    refuse("not finite:", [k for k, x in state.items() if not x.isfinite().all()])
 
 
-def unpack(model_class, config_class, packed):
+def unpack(model_class: type, config_class: type, packed: dict) -> torch.nn.Module:
     """The inverse of `pack`: rebuild a model from a checkpoint alone, in float32. Raises UserError
     that names what does not fit."""
     try:

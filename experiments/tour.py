@@ -37,7 +37,7 @@ from shapes import COLOURS, REACH, UPRIGHT, WORDINGS, MovingShapes, Thing, place
 from shapes import read_things, render
 from text_encoder import TextEncoder, Tokenizer
 from unet3d import CrossAttention, TemporalAttention, UNet3D, attention_weights, record_attention
-from unet3d import rotary
+from unet3d import rotary, rotary_table
 from vae import AutoencoderKL
 
 # ------------------------------------------------------------------------------ what is measured
@@ -76,8 +76,8 @@ def time_attention(layer: TemporalAttention, x: Tensor, place: int) -> Tensor:
     x: the layer's input (b, f, s, c)."""
     qkv = layer.qkv(layer.norm(x[:1, :, place].float()))
     q, k, _ = rearrange(qkv, "1 f (k n d) -> k n f d", k=3, n=layer.heads)
-    positions = torch.arange(x.shape[1], device=x.device)
-    return attention_weights(rotary(q, positions), rotary(k, positions)).mean(0)
+    table = rotary_table(torch.arange(x.shape[1], device=x.device), q.shape[-1])
+    return attention_weights(rotary(q, table), rotary(k, table)).mean(0)
 
 
 def busiest_place(video: np.ndarray, side: int) -> tuple[int, int]:
