@@ -637,6 +637,7 @@ def test_a_checkpoint_has_its_own_captions_frames_and_frame_rate(
     ((*BOTH, "--frames", 40), "lower --frames"),
     ((*BOTH, "--stride", 2), "--stride is for"),
     ((*BOTH, "--split", "test01"), "--split is for"),
+    ((*BOTH, "--fake", "FOLDER", "--split", "test01", "--frames", 9), "--split is for"),
     ((*BOTH, "--i3d", "missing.pt"), "python metrics.py --fetch-i3d"),
     ((*BOTH, "--fake", "missing.pt"), "no checkpoint at missing.pt"),
     ((*BOTH, "--fake", "VIDEO"), "is one video: give a folder"),
