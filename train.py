@@ -19,8 +19,9 @@ Letters used here: `b` batch, `c` channels, `f` frames, `h w` height and width, 
 
 from tools import DEVICES, Parser, UserError, atomic_path, autocast, check_weights
 from tools import first_process_first, join_processes, load_checkpoint, locked, memory_gib, number
-from tools import out_of_memory, pack, parts, pick_device, process, processes, product_dtype
-from tools import progress, run_command, save_atomically, say, sum_over_processes, unpack
+from tools import out_of_memory, pack, parts, pick_device, printable, process, processes
+from tools import product_dtype, progress, run_command, save_atomically, say, sum_over_processes
+from tools import unpack
 
 import argparse
 import contextlib
@@ -417,8 +418,8 @@ def open_dataset(args, preset):
         raise UserError(f"--out {args.out} lies inside --data {args.data}: its sample videos would "
                         "be taken for data")
     dataset = VideoFolder(args.data, seed=args.seed, size=preset.size, **clips)
-    say(f"{args.data}: {len(dataset)} videos, captions from {dataset.source}, for example "
-        f'"{dataset.caption(0)}"')
+    for line in dataset.summary():
+        say(printable(f"{args.data}: {line}"))
     return dataset
 
 
