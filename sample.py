@@ -58,7 +58,7 @@ CONDITIONINGS = ("mask", "replacement", "reconstruction")
 # says, so a new sentence is at odds with several frames of the old motion: one makes no jump.
 OVERLAP = 1
 AT_ONCE = 2**20  # pixels of the clips that are drawn at once: 16 of 16 frames of 64x64
-LARGEST = 2**29  # bytes of the pixels of one file: to write them takes five times that memory
+LARGEST = 2**30  # bytes of the pixels of one file, as enlarged: more fill the memory
 UNLIKE = 20  # levels of 255 that the autoencoder is wrong by where pictures are of another kind
 
 

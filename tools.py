@@ -17,11 +17,10 @@ from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 
-MAIN = getattr(sys.modules["__main__"], "__file__", None)
-HERE = Path(__file__).resolve().parent
+MAIN = Path(getattr(sys.modules["__main__"], "__file__", None) or "none")
 
-if MAIN and Path(MAIN).resolve().parent in (HERE, HERE / "experiments"):  # a command is starting
-    # Not an exception: what is imported below may swallow it. In the background it is ignored.
+if MAIN.name in ("sample.py", "train.py", "metrics.py") or MAIN.parent.name == "experiments":
+    # A command is starting. An exception would not do: what is imported next may swallow it.
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, lambda *_: (os.write(2, b"interrupted\n"), os._exit(130)))
     for stream in ("stdin", "stdout", "stderr"):
