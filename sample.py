@@ -21,7 +21,7 @@ From Python:
 The path of each file written goes to stdout, everything else to stderr.
 """
 
-from tools import Parser, UserError, autocast, fits, load_checkpoint, number, pack
+from tools import DEVICES, Parser, UserError, autocast, fits, load_checkpoint, number, pack
 from tools import pick_device, printable, read_config, reason, run_command, unpack
 
 import argparse
@@ -58,7 +58,7 @@ CONDITIONINGS = ("mask", "replacement", "reconstruction")
 # says, so a new sentence is at odds with several frames of the old motion: one makes no jump.
 OVERLAP = 1
 AT_ONCE = 2**20  # pixels of the clips that are drawn at once: 16 of 16 frames of 64x64
-LARGEST = 2**29  # bytes of the pixels of one file: to write them takes five times that memory
+LARGEST = 2**30  # bytes of the pixels of one file, as enlarged: more fill the memory
 UNLIKE = 20  # levels of 255 that the autoencoder is wrong by where pictures are of another kind
 
 
@@ -146,7 +146,8 @@ class Pipeline:
         stories = [[prompt] if isinstance(prompt, str) else list(prompt) for prompt in prompts]
         frames = self.frames if frames is None else frames
         fps = np.broadcast_to(np.float32(self.fps if fps is None else fps), len(stories))
-        batch_size = batch_size or self.check(stories, frames, overlap)[1]
+        _, at_once = self.check(stories, frames, overlap)
+        batch_size = batch_size or at_once
         where, pictures = stack_pictures(pictures or {}, len(stories), frames, self.size)
         size = self.unet.config.latent_size
         shape = (self.unet.config.channels, frames, size, size)
@@ -155,7 +156,7 @@ class Pipeline:
             part = slice(start, start + batch_size)
             noise = seeded_noise(seed + start, len(stories[part]), shape, self.device)
 
-            def draw(sentences, given, given_mask):
+            def draw_chunk(sentences, given, given_mask):
                 model = self.denoiser(
                     sentences, fps[part], guidance, rescale, given, given_mask, conditioning
                 )
@@ -168,7 +169,7 @@ class Pipeline:
                 if where:
                     shown = to_model(pictures[part]).to(self.device)
                     given[:, :, where] = self.vae.encode_video(shown)
-                latents = draw_chunks(draw, stories[part], given, where, overlap)
+                latents = draw_story(draw_chunk, stories[part], given, where, overlap)
                 if not latents.isfinite().all():
                     raise ValueError("the model's output is not finite: is the checkpoint damaged?")
                 chunks = latents.split(frames, dim=2)
@@ -225,18 +226,18 @@ def seeded_noise(seed, count, shape, device):
     return noise
 
 
-def draw_chunks(draw, stories, given, where, overlap):
+def draw_story(draw_chunk, stories, given, where, overlap):
     """The latents of whole stories, each chunk conditioned on the end of the one before.
 
-    draw(sentences, given, given_mask): latents of one chunk; given: clean latents (b, c, f, h, w),
-    of the first chunk's given frames at `where`. Returns (b, c, frames of the story, h, w).
+    draw_chunk(sentences, given, given_mask): latents of one chunk; given: clean latents (b, c, f,
+    h, w), of the first chunk's given frames at `where`. Returns (b, c, frames of a story, h, w).
     """
     b, _, frames = given.shape[:3]
     given_mask = torch.zeros(b, frames, dtype=torch.bool, device=given.device)
     given_mask[:, where] = True
     chunks = []
     for sentences in zip(*stories):
-        latents = draw(sentences, given, given_mask)
+        latents = draw_chunk(sentences, given, given_mask)
         chunks.append(latents[:, :, overlap:] if chunks else latents)
         # Latents are handed on, not pixels: a pass through the autoencoder would blur every seam.
         given = latents.roll(overlap, dims=2)  # the last `overlap` frames come first
@@ -325,7 +326,7 @@ def captioned_grid(videos: np.ndarray, captions: list) -> np.ndarray:
 
 
 def write_denoising(path, believed):
-    """What the model believes the clip to be at each step of sampling, uint8 (steps, f, h, w, 3):
+    """What the model believes the clip to be at steps of sampling, uint8 (steps, f, h, w, 3):
     a .gif that shows the steps one after the other, or a .png with a row for each of up to 8."""
     if path.suffix == ".gif":
         columns = min(4, believed.shape[1])
@@ -398,7 +399,7 @@ def parse_args(argv=None):
         "that the model was trained on")
     add("--words", action="store_true", help="list the words and captions that the model knows")
     add("--checkpoint", default=CHECKPOINT, help="a model.pt (the shipped one)")
-    add("--device", default="auto", choices=["auto", "cpu", "cuda"])
+    add("--device", default="auto", choices=DEVICES)
     add = parser.add_argument_group("what to draw").add_argument
     add("--num", type=number(int, 1, 10_000), default=1, help="videos of each prompt (%(default)s)")
     add("--seed", type=number(int, 0, 2**62), default=0,
@@ -578,14 +579,15 @@ def write(path, writer, *what):
     print(printable(path))
 
 
-def draw(args, pipeline, stories, pictures, paths):
+def draw_all(args, pipeline, stories, pictures, paths):
     """Draws the videos and writes what the command line asks for, batch by batch."""
     batches, beliefs, grid = range(0, len(stories), args.batch_size), [], []
     bar = tqdm(desc="sampling", total=len(batches) * len(stories[0]) * args.steps)
+    shown = np.linspace(0, args.steps - 1, min(args.steps, 32)).astype(int)
 
     def watch(step, t, x_t, x_start):
         bar.update()
-        if args.denoising:
+        if args.denoising and step in shown:
             beliefs.append(x_start)
 
     recording = record_attention(pipeline.unet) if args.attention else contextlib.nullcontext()
@@ -628,6 +630,7 @@ def main():
     try:
         length, at_once = pipeline.check(stories, args.frames, args.overlap)
         stack_pictures(pictures, 0, args.frames, pipeline.size)
+        pipeline.schedule.timesteps(args.steps)
         side = pipeline.size * args.upscale
         if 3 * length * side**2 * (len(stories) if args.grid else 1) > LARGEST:
             raise UserError(f"one file of {length} frames of {side}x{side} pixels is too large: "
@@ -635,7 +638,7 @@ def main():
         for line in warnings_about(pipeline, args, stories, pictures):
             print(f"warning: {printable(line)}", file=sys.stderr)
         args.batch_size = args.batch_size or at_once
-        draw(args, pipeline, stories, pictures, paths)
+        draw_all(args, pipeline, stories, pictures, paths)
     except ValueError as error:
         raise UserError(error) from error
 

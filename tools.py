@@ -2,7 +2,7 @@
 interrupts, closed streams), types of arguments, device and precision, files that appear whole or
 not at all, and checkpoints.
 
-Commands import this module before all others, so that Ctrl-C during the imports is one line, too.
+A command imports this module first: from then on Ctrl-C is one line, during the other imports, too.
 """
 
 import argparse
@@ -13,14 +13,14 @@ import os
 import signal
 import sys
 import warnings
+from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 
-MAIN = getattr(sys.modules["__main__"], "__file__", None)
-HERE = Path(__file__).resolve().parent
+MAIN = Path(getattr(sys.modules["__main__"], "__file__", None) or "none")
 
-if MAIN and Path(MAIN).resolve().parent in (HERE, HERE / "experiments"):  # a command is starting
-    # Not an exception: what is imported below may swallow it. In the background it is ignored.
+if MAIN.name in ("sample.py", "train.py", "metrics.py") or MAIN.parent.name == "experiments":
+    # A command is starting. An exception would not do: what is imported next may swallow it.
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, lambda *_: (os.write(2, b"interrupted\n"), os._exit(130)))
     for stream in ("stdin", "stdout", "stderr"):
@@ -36,12 +36,12 @@ class UserError(Exception):
     """A mistake of the user's: shown as one line, exit status 2."""
 
 
-def printable(text):
+def printable(text: object) -> str:
     """The text on one line: control characters, of file names for example, are escaped."""
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(text))
 
 
-def reason(error):
+def reason(error: Exception) -> str:
     """What went wrong, in one line."""
     text = getattr(error, "strerror", None) or str(error)
     named = f"{type(error).__name__} {text}" if isinstance(error, KeyError) or not text else text
@@ -77,7 +77,7 @@ def interrupt(number, frame):
     raise KeyboardInterrupt
 
 
-def out_of_memory(error):
+def out_of_memory(error: Exception) -> bool:
     """Is it a full memory? PyTorch has no error of its own for that on a CPU, and cuBLAS and cuDNN
     say it in their own words."""
     texts = ("out of memory", "can't allocate memory", "not enough memory", "ALLOC_FAILED",
@@ -87,7 +87,7 @@ def out_of_memory(error):
     return full or isinstance(error, MemoryError)
 
 
-def run_command(command):
+def run_command(command: Callable):
     """Call `command()` for a command line. What the user can mend, such as a UserError or a full
     disk or memory, ends it with one line and exit status 2; Ctrl-C, SIGTERM and SIGHUP with status
     128 + the signal's number, after files that are not complete have been deleted."""
@@ -129,7 +129,7 @@ class Parser(argparse.ArgumentParser):
         return super().parse_known_args(args, namespace)
 
 
-def number(kind, low, high):
+def number(kind: type, low: float, high: float) -> Callable:
     """An argparse type: int or float from `low` to `high`."""
 
     def parse(text):
@@ -223,7 +223,7 @@ def atomic_path(path):
         temporary.unlink(missing_ok=True)
 
 
-def load_tensors(path, kind):
+def load_tensors(path: Path, kind: str) -> object:
     """What torch.save wrote: tensors and plain values; nothing in the file is imported or run.
 
     Raises UserError, which calls the file a `kind`, where it cannot be read.
@@ -236,7 +236,7 @@ def load_tensors(path, kind):
         raise UserError(f"{path} is not a readable {kind} ({reason(error):.80})") from error
 
 
-def save_atomically(checkpoint, path):
+def save_atomically(checkpoint: dict, path: Path):
     """torch.save that leaves the old file or the new one, never half of one. Raises UserError."""
     with atomic_path(path) as temporary:
         try:
@@ -245,7 +245,7 @@ def save_atomically(checkpoint, path):
             raise UserError(f"cannot write {path}: is the disk full?") from error
 
 
-def load_checkpoint(path, *parts):
+def load_checkpoint(path: Path, *parts: str) -> dict:
     """Read a checkpoint that holds at least the named parts. Raises UserError otherwise."""
     path = Path(path)
     if not path.is_file():
@@ -257,12 +257,12 @@ def load_checkpoint(path, *parts):
     return checkpoint
 
 
-def pack(model):
+def pack(model: torch.nn.Module) -> dict:
     """A model as plain values and tensors: its config and its weights."""
     return {"config": vars(model.config), "state": model.state_dict()}
 
 
-def fits(value, default, high):
+def fits(value: object, default: object, high: int) -> bool:
     """Is it a value for a config's field with this default? Whole numbers are at most `high`."""
     if isinstance(default, tuple):
         return type(value) in (tuple, list) and 0 < len(value) <= 16 and all(
@@ -274,7 +274,7 @@ def fits(value, default, high):
     return type(value) is type(default)
 
 
-def read_config(config_class, values):
+def read_config(config_class: type, values: dict) -> object:
     """The config that a checkpoint's plain values mean; fields that it lacks have their defaults.
     Raises ValueError, which names the field, for anything that is no config of this class."""
     defaults = {field.name: field.default for field in fields(config_class)}
@@ -287,31 +287,31 @@ def read_config(config_class, values):
     return config_class(**{k: tuple(v) if type(v) is list else v for k, v in values.items()})
 
 
-def check_weights(state, expected):
+def check_weights(state: dict, expected: dict):
     """Raises ValueError unless `state` has the names and shapes of `expected`, both state dicts,
     and holds finite numbers that take no more memory than the file did."""
-    def complain(what, names):
-        if names:
-            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-            raise ValueError(f"{what} {', '.join(map(str, names[:3]))}{more}")
-
     def usable(x):
         floats = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
         return isinstance(x, torch.Tensor) and x.dtype in floats and x.layout == torch.strided \
             and not x.is_nested and x.device.type == "cpu"
 
-    complain("the weights lack", [k for k in expected if k not in state])
-    complain("the config has no place for", [k for k in state if k not in expected])
-    complain("no tensor of numbers:", [k for k, x in state.items() if not usable(x)])
-    shapes = {k: f"{k} {tuple(x.shape)}" for k, x in state.items() if x.shape != expected[k].shape}
-    complain("the config asks for other shapes than", list(shapes.values()))
+    def refuse(what, names):
+        if names:
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            raise ValueError(f"{what} {', '.join(map(str, names[:3]))}{more}")
+
+    refuse("the weights lack", [k for k in expected if k not in state])
+    refuse("the config has no place for", [k for k in state if k not in expected])
+    refuse("no tensor of numbers:", [k for k, x in state.items() if not usable(x)])
+    refuse("the config asks for other shapes than", [
+        f"{k} {tuple(x.shape)}" for k, x in state.items() if x.shape != expected[k].shape])
     stored = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in state.values()}
     if sum(x.numel() * x.element_size() for x in state.values()) > sum(stored.values()):
         raise ValueError("the tensors are larger than what the file holds of them")
-    complain("not finite:", [k for k, x in state.items() if not x.isfinite().all()])
+    refuse("not finite:", [k for k, x in state.items() if not x.isfinite().all()])
 
 
-def unpack(model_class, config_class, packed):
+def unpack(model_class: type, config_class: type, packed: dict) -> torch.nn.Module:
     """The inverse of `pack`: rebuild a model from a checkpoint alone, in float32. Raises UserError
     that names what does not fit."""
     try:

@@ -113,7 +113,7 @@ class Step:
         self.config = replace(config, batch_size=args.batch_size or config.batch_size)
         models = {"text_encoder": TextEncoder(preset.text), "unet": UNet3D(preset.unet)}
         self.model = nn.ModuleDict(models).to(device).train()
-        self.schedule = NoiseSchedule(preset.diffusion).to(device)
+        self.schedule = NoiseSchedule(preset.diffusion)
         self.ema = train.EMA(self.model, config.ema)
         self.optimizers = train.make_optimizers(self.model, config, args.precision)
         train.economize(args, *self.model.values())
