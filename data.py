@@ -65,6 +65,11 @@ class Sample:
     scene: list = None
 
 
+def sides(size: int | tuple) -> tuple[int, int]:
+    """(width, height) of frames whose size is that, or the side of a square."""
+    return (size, size) if isinstance(size, int) else tuple(size)
+
+
 # ------------------------------------------------------------------------------ writing videos
 
 FORMATS = (".gif", ".mp4", ".png")
@@ -201,7 +206,7 @@ def read_frames(
 
     broken = (av.error.FFmpegError, Image.DecompressionBombError, OSError, ValueError, EOFError,
               SyntaxError, OverflowError, TypeError, struct.error)
-    size = (size, size) if isinstance(size, int) else size
+    size = size and sides(size)
     read = _read_pictures if os.path.isdir(path) or _is_animation(path) else _read_file
     try:
         frames, times = read(path, pick, size, place)
@@ -481,23 +486,24 @@ class _Video:
             self.times = found if rising else np.arange(len(found)) * self.interval
 
 
-def read_image(path: Path, size: int) -> np.ndarray:
-    """The middle of a picture file: uint8 (size, size, 3). Raises VideoError."""
+def read_image(path: Path, size: int | tuple) -> np.ndarray:
+    """The middle of a picture file, as from `middle_part`. Raises VideoError."""
     try:
         with _open_picture(path) as image:
-            return middle_square(np.asarray(_to_rgb(image)), size)
+            return middle_part(np.asarray(_to_rgb(image)), size)
     except VideoError:
         raise
     except Exception as error:  # damaged files fail in many ways
         raise VideoError(_reason(error)) from error
 
 
-def middle_square(picture: np.ndarray, size: int) -> np.ndarray:
-    """The middle of a picture, as large as fits: uint8 (h, w, 3) -> (size, size, 3)."""
+def middle_part(picture: np.ndarray, size: int | tuple) -> np.ndarray:
+    """The middle of a picture, as large as fits, scaled: uint8 (h, w, 3). size: see `sides`."""
+    width, height = sides(size)
     # A frame that was enlarged for viewing becomes the very pixels that it was made of.
-    whole = min(picture.shape[:2]) % size == 0
+    whole = min(picture.shape[0] / height, picture.shape[1] / width) % 1 == 0
     method = Image.Resampling.BOX if whole else Image.Resampling.BICUBIC
-    return np.asarray(ImageOps.fit(Image.fromarray(picture), (size, size), method))
+    return np.asarray(ImageOps.fit(Image.fromarray(picture), (width, height), method))
 
 
 def prefetch(function: Callable, items: Iterable, workers: int | None = None) -> Iterator:

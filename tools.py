@@ -6,10 +6,12 @@ A command imports this module first: from then on Ctrl-C is one line, during the
 """
 
 import argparse
+import ast
 import contextlib
 import json
 import math
 import os
+import re
 import signal
 import sys
 import warnings
@@ -225,16 +227,17 @@ def parts(batch, count, device):
     one after the other, for --grad-accum."""
     pieces = (x.tensor_split(count * processes())[process() :: processes()] for x in batch)
     for part in zip(*pieces):
-        yield len(part[0]) / len(batch[0]), [x.to(device) for x in part]
+        # Out of pinned memory the copy runs beside the computation.
+        yield len(part[0]) / len(batch[0]), [x.to(device, non_blocking=True) for x in part]
 
 
 def sum_over_processes(values, parameters=()):
-    """Adds up what the processes found, each in its share of the batch: a dict of floats, which is
-    returned, and the gradients of the parameters, where they are."""
+    """Adds up what the processes found, each in its share of the batch: a dict of scalar tensors,
+    which is returned, and the gradients of the parameters, where they are."""
     if processes() == 1:
         return values
     device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-    tensors = [torch.tensor(list(values.values()), device=device)]
+    tensors = [torch.stack([value.float().to(device) for value in values.values()])]
     for p in parameters:
         p.grad = torch.zeros_like(p) if p.grad is None else p.grad  # not in this one's share
         tensors.append(p.grad)
@@ -242,7 +245,7 @@ def sum_over_processes(values, parameters=()):
     dist.all_reduce(flat)
     for x, total in zip(tensors, flat.split([x.numel() for x in tensors])):
         x.copy_(total.view(x.shape))
-    return dict(zip(values, tensors[0].tolist()))
+    return dict(zip(values, tensors[0]))
 
 
 # ------------------------------------------------------------------------------ device
@@ -386,7 +389,7 @@ def fits(value: object, default: object, high: int) -> bool:
     """Is it a value for a config's field with this default? Whole numbers are at most `high`."""
     if isinstance(default, tuple):
         return type(value) in (tuple, list) and 0 < len(value) <= 16 and all(
-            fits(part, default[0], high) for part in value)
+            fits(part, default[0], high) for part in value if default)
     if type(default) is int:
         return type(value) is int and min(1, default) <= value <= high
     if default is None or type(default) is float:
@@ -405,6 +408,34 @@ def read_config(config_class: type, values: dict) -> object:
         if not fits(value, defaults[name], 64 if name in ("blocks", "depth") else 2**20):
             raise ValueError(f"{name} cannot be {value!r:.40}")
     return config_class(**{k: tuple(v) if type(v) is list else v for k, v in values.items()})
+
+
+def set_fields(configs: dict, assignments: list[str]) -> dict:
+    """{part: config} with the values of assignments such as "unet.widths=96,192" in place of their
+    own. Raises UserError, which names what exists."""
+    for part in configs:
+        mine = [a for a in assignments if a.partition("=")[0].partition(".")[0] == part]
+        values = {}
+        for assignment in mine:
+            name, _, text = assignment.partition("=")
+            name = name.partition(".")[2]
+            own = getattr(configs[part], name, None)
+            with contextlib.suppress(MemoryError, RecursionError, SyntaxError, ValueError):
+                word = re.compile(r"\b(true|false|none)\b")
+                text = ast.literal_eval(word.sub(lambda match: match[0].title(), text))
+            if isinstance(own, tuple) and not isinstance(text, tuple):
+                text = (text,)
+            values[name] = float(text) if type(own) is float and type(text) is int else text
+        try:
+            own = vars(configs[part])
+            configs = configs | {part: read_config(type(configs[part]), own | values)}
+        except (OverflowError, ValueError) as error:
+            raise UserError(f"--set {' '.join(mine)}: {error}") from error
+        assignments = [a for a in assignments if a not in mine]
+    if assignments:
+        raise UserError(f"--set {assignments[0]}: write PART.FIELD=VALUE, with a PART of "
+                        f"{', '.join(configs)}")
+    return configs
 
 
 def check_weights(state: dict, expected: dict):
