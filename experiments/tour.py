@@ -457,6 +457,7 @@ footer { margin-top: 4rem; padding-top: 1rem; border-top: 1px solid var(--line) 
   header { grid-template-columns: 1fr; gap: 1.2rem } header img { width: 10rem }
   h1 { font-size: 1.6rem } h2 { font-size: 1.25rem } nav ol { columns: 1 }
   .heat tr:first-child > td:first-child { width: 3.6rem } .heat td { height: 1rem }
+  svg { font-size: 21px }
   .words th[scope=col] span { writing-mode: vertical-rl; transform: rotate(180deg) }
   .strip span { font-size: .6rem } .facts li { display: flex; flex-wrap: wrap } }
 """
