@@ -32,7 +32,8 @@ from torch import Tensor
 
 from data import FPS, FRAMES, to_model, to_uint8
 from diffusion import SAMPLERS, NoiseSchedule, guided
-from sample import CHECKPOINT, GUIDANCE, SAMPLER, STEPS, Pipeline, load_pipeline, word_attention
+from sample import CHECKPOINT, GUIDANCE, SAMPLER, STEPS, Pipeline, check_writable
+from sample import load_pipeline, word_attention
 from shapes import COLOURS, REACH, UPRIGHT, WORDINGS, MovingShapes, Thing, place_in_frame
 from shapes import read_things, render
 from text_encoder import TextEncoder, Tokenizer
@@ -483,6 +484,7 @@ letters to numbers, from noise to a video.</p></div>{film}</header>
 def tour(checkpoint: str, sentence: str, seed: int, out: Path) -> None:
     """Follows the sentence through the model and writes the page."""
     start = time.perf_counter()
+    check_writable(out)
     pipeline = load_pipeline(checkpoint, pick_device("auto"))
     try:
         run = sample_and_watch(pipeline, sentence, seed, GUIDANCE)
