@@ -174,8 +174,8 @@ def curves(schedule: NoiseSchedule) -> str:
         points[name] = " ".join(places)
     return f"""<svg viewBox="0 0 600 160" role="img" aria-label="alpha falls and sigma rises">
 <path d="M20 20V130H580" class="axis"/><polyline points="{points["alpha"]}" class="alpha"/>
-<polyline points="{points["sigma"]}" class="sigma"/><text x="290" y="80" class="alpha">α, the share
-of the video</text><text x="570" y="42" text-anchor="end" class="sigma">σ, the share of noise</text>
+<polyline points="{points["sigma"]}" class="sigma"/><text x="290" y="84" class="alpha">α, the share
+of the video</text><text x="570" y="52" text-anchor="end" class="sigma">σ, the share of noise</text>
 <text x="20" y="150">t = 0</text><text x="580" y="150" text-anchor="end">t = {len(a) - 1}</text>
 </svg>"""
 
