@@ -1454,6 +1454,9 @@ def test_muon_multiplies_in_the_precision_of_the_run(preset, precision, dtype):
     for p in model.parameters():
         p.grad = torch.randn_like(p)
     muon.step()
+    (group,) = muon.state_dict()["param_groups"]  # as in every run before, so that they resume
+    assert set(group) == {"lr", "momentum", "weight_decay", "params"}
+    assert {name for s in muon.state.values() for name in s} == {"momentum"}
     state = {value.dtype for s in muon.state.values() for value in s.values()}
     assert state == {p.dtype for p in model.parameters()} == {torch.float32}
 

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 import text_encoder
 import train
+from tools import autocast, pick_device
 from unet3d import (CrossAttention, SpatialAttention, TemporalAttention, UNet3D, UNet3DConfig,
                     places, record_attention, rotary, rotary_table, sinusoidal)
 
@@ -408,6 +409,20 @@ def test_half_precision(unet, cast, autocast):
     assert y.is_floating_point() and y.isfinite().all()
     error = (y.float() - expected).square().mean().sqrt() / expected.std()
     assert error < 0.1  # bfloat16 has 8 bits
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision, tolerance", [("fp32", 1e-3), ("bf16", 0.1)])
+def test_a_gpu_gives_the_same_numbers(unet, precision, tolerance):
+    inputs, found = make_inputs(given=True), []
+    for device in (torch.device("cpu"), pick_device("cuda", precision)):
+        model = copy.deepcopy(unet).requires_grad_(True).to(device)
+        with autocast(device, precision if device.type == "cuda" else "fp32"):
+            y = model(**{name: value.to(device) for name, value in inputs.items()})
+        y.float().square().sum().backward()
+        parts = y, *(p.grad for p in model.parameters())
+        found.append(torch.cat([part.detach().float().cpu().flatten() for part in parts]))
+    assert (found[1] - found[0]).norm() < tolerance * found[0].norm()
 
 
 @pytest.mark.parametrize("more", [[], ["--grad-checkpoint"]])
