@@ -336,9 +336,12 @@ def encode_captions(tokenizer, captions, config, device):
     tokenizer = tokenizer or Tokenizer.train(captions, config.vocab_size)
     tokenizer.add_words(captions)
     try:
+        if tokenizer.vocab_size > config.vocab_size:
+            raise ValueError(f"{tokenizer.vocab_size} tokens for a text encoder that knows "
+                             f"{config.vocab_size}")
         return tokenizer, *tokenizer.batch(captions + [""], config.context_length, device)
     except ValueError as error:
-        raise UserError(f"one of the captions is too long: {error}") from error
+        raise UserError(f"a caption cannot be encoded: {error}") from error
 
 
 def typical(captions: list[str], count: int) -> list[str]:
@@ -833,9 +836,12 @@ def read_state(path: Path) -> dict:
     state = load_checkpoint(path, *kinds)
     try:
         wrong = [name for name, kind in kinds.items() if not isinstance(state[name], kind)]
-        wrong += [name for name, total in state["sums"].items() if not math.isfinite(total)]
-        if wrong or not 0 <= state["logged"] <= state["step"]:
-            raise ValueError(", ".join(map(str, wrong)) or "step")
+        numbers = [name for name, kind in kinds.items() if kind is int]
+        wrong += [name for name in numbers if not 0 <= state[name] <= 10**9]
+        wrong += [name for name, total in state["sums"].items()
+                  if type(total) is not float or not math.isfinite(total)]
+        if wrong or state["logged"] > state["step"]:
+            raise ValueError(", ".join(map(str, wrong)) or "logged")
         if state["tokenizer"] is not None:
             state["tokenizer"] = Tokenizer.from_state_dict(state["tokenizer"])
     except (AttributeError, KeyError, TypeError, ValueError) as error:
@@ -985,7 +991,7 @@ def check_preset(name, preset):
         with warnings.catch_warnings(), torch.device("meta"):  # nothing is stored or computed
             warnings.simplefilter("ignore")
             vae, unet = AutoencoderKL(preset.vae), UNet3D(preset.unet)
-            TextEncoder(preset.text)
+            TextEncoder(preset.text), Tokenizer.train([], preset.text.vocab_size)
             latents = vae.encode(torch.zeros(2, 3, preset.size, preset.size)).mean
             side = preset.unet.latent_size
             if latents.shape[1:] != (preset.unet.channels, side, side):

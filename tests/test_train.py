@@ -493,9 +493,13 @@ def other_tensor(kind, make):
 DAMAGES = {
     "another type": lambda state: state.update(step="4"),
     "negative": lambda state: state.update(step=-1),
+    "too large": lambda state: state.update(easy_start=10**400),
     "logged later": lambda state: state.update(logged=9),
     "no sum": lambda state: state.update(sums={"loss": math.nan}),
+    "sum of another type": lambda state: state.update(sums={"loss": 10**400}),
     "no record": lambda state: state.update(record={}),
+    "unknown tokens": lambda state: state.update(
+        tokenizer={"merges": [[3, i] for i in range(3, 259)], "words": []}),
     "merges": lambda state: state.update(tokenizer={"merges": [[1, 10**6]], "words": []}),
     "no models": lambda state: state.update(models={}),
     "model missing": lambda state: state["models"].pop("ema"),
@@ -627,6 +631,7 @@ CONTRADICTIONS = {
     "channels": lambda p: replace(p, unet=replace(p.unet, channels=3)),
     "text width": lambda p: replace(p, text=replace(p.text, width=64)),
     "heads": lambda p: replace(p, text=replace(p.text, heads=5)),
+    "tokens": lambda p: replace(p, text=replace(p.text, vocab_size=200)),
     "groups": lambda p: replace(p, vae=replace(p.vae, groups=7)),
     "no width": lambda p: replace(p, unet=replace(p.unet, widths=(0, 32))),
     "too few blocks": lambda p: replace(p, unet=replace(p.unet, blocks=(1,))),
@@ -1208,7 +1213,7 @@ def test_a_caption_that_is_too_long_is_refused_before_encoding(preset, folder, f
     shutil.copy(finished / "vae.pt", out)
     text = (folder / "captions.csv").read_text()
     (folder / "captions.csv").write_text(text.replace("number 3", "number 3" + " żółć" * 100))
-    with encoder_calls() as calls, pytest.raises(UserError, match="one of the captions is too lo"):
+    with encoder_calls() as calls, pytest.raises(UserError, match="a caption cannot be encoded"):
         run_train(preset, "diffusion", "--data", folder, "--out", out)
     assert not calls and {p.name for p in out.iterdir()} == {"vae.pt"}
 
