@@ -16,6 +16,7 @@ import hashlib
 import io
 import itertools
 import json
+import math
 import os
 import re
 import struct
@@ -32,7 +33,7 @@ from queue import SimpleQueue
 import numpy as np
 import torch
 from einops import rearrange
-from PIL import Image, ImageOps
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from tools import UserError, atomic_path
 
@@ -147,6 +148,44 @@ def contact_sheet(video: np.ndarray, columns: int = 4, border: int = 2) -> np.nd
     pad = (-len(video)) % columns
     video = np.pad(video, ((0, pad), (border, border), (border, border), (0, 0)), constant_values=0)
     return rearrange(video, "(r q) h w c -> (r h) (q w) c", q=columns)
+
+
+def chart(
+    curves: dict, x_label: str, y_label: str, width: int = 560, height: int = 340
+) -> np.ndarray:
+    """Lines through points (x, y), x above 0 on a logarithmic scale and y from 0 up, as a picture:
+    uint8 (height, width, 3). curves: {name: points}, at most three."""
+    picture = Image.new("RGB", (width, height), "white")
+    draw, font = ImageDraw.Draw(picture), ImageFont.load_default(size=14)
+    left, right, top, bottom = 60, width - 90, 36, height - 50
+    xs, ys = ([point[i] for points in curves.values() for point in points] for i in (0, 1))
+    first, high, names = min(xs), max(ys) or 1, []
+    ratio = math.log(max(xs) / first) or 1
+
+    def place(x, y):
+        share = math.log(x / first) / ratio
+        return left + share * (right - left), bottom - y / high * (bottom - top)
+
+    for y in (0, high / 4, high / 2, high * 3 / 4, high):
+        draw.line([place(first, y), (right, place(first, y)[1])], (220, 220, 220))
+        draw.text((left - 8, place(first, y)[1]), f"{y:.2g}", "black", font, anchor="rm")
+    wanted = np.geomspace(first, max(xs), 5)
+    for x in {min(xs, key=lambda x: abs(math.log(x / near))) for near in wanted}:
+        draw.text((place(x, 0)[0], bottom + 8), str(x), "black", font, anchor="mt")
+    draw.text(((left + right) / 2, height - 8), x_label, "black", font, anchor="mb")
+    draw.text((left, 8), y_label, "black", font, anchor="lt")
+    colours = (230, 75, 60), (70, 140, 240), (60, 180, 90)
+    for (name, points), colour in zip(curves.items(), colours):
+        points = [place(*point) for point in points]
+        draw.line(points, colour, 3)
+        for x, y in points if len(points) < 20 else ():
+            draw.ellipse([x - 4, y - 4, x + 4, y + 4], colour)
+        names.append((points[-1][1], name, colour))  # at the ends of the lines
+    lowest = -math.inf
+    for y, name, colour in sorted(names):
+        lowest = max(lowest + 16, y)  # none on top of another
+        draw.text((right + 10, lowest), name, colour, font, anchor="lm")
+    return np.asarray(picture)
 
 
 def _write_sheet(path, video, fps, upscale):

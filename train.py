@@ -10,8 +10,8 @@ A run folder holds `config.json`, `log.jsonl` (one JSON object per logged step),
 `latents.bin` and `latents.json` (the encoded data set; `held_out.*` of what is not trained on),
 `skipped.txt` (unusable videos) and `samples/`: drawn clips beside real ones, and `loss.png`.
 
-In log.jsonl, `loss_1` to `loss_4` are the losses at timesteps of the first to the last quarter, from
-little noise to much; `held_out_loss` and so on are those of clips that are not trained on.
+In log.jsonl, `loss_1` to `loss_4` are the losses at the timesteps of the first to the last quarter,
+from little noise to much; `held_out_loss` and so on are those of clips that are not trained on.
 
 Every random draw of step n comes from a generator seeded by (seed, n). So a resumed run sees the
 very batches, noise and masks that an uninterrupted one would have seen, and no random state needs
@@ -131,8 +131,8 @@ def train_vae(args: argparse.Namespace, preset: "Preset", device: torch.device) 
 def train_diffusion(args: argparse.Namespace, preset: "Preset", device: torch.device) -> None:
     """Stage 2: train text encoder and UNet on the autoencoder's latents; writes model.pt."""
     torch.manual_seed(args.seed)  # of the initial weights
-    vae, whole = load_models(args)
-    preset = adopt(args, preset, vae=vae.config, **(whole.configs() if whole else {}))
+    vae, whole, configs = load_models(args)
+    preset = adopt(args, preset, **configs)
     dataset = open_dataset(args, preset)
     run = Run(args, preset, {"data": digest(dataset.identity()), "autoencoder": digest("", vae)})
     dataset, held_out = hold_out(args, preset, dataset)
@@ -140,7 +140,8 @@ def train_diffusion(args: argparse.Namespace, preset: "Preset", device: torch.de
     tokenizer = run.tokenizer or (whole and whole.tokenizer) or run.make_tokenizer(captions)
     preset, config = run.preset, run.config
     captions, *words = encode_captions(tokenizer, captions, preset.text, device, others)
-    prompts, *_ = encode_captions(tokenizer, args.prompts or different(captions, 4), preset.text)
+    prompts = [cut(tokenizer, prompt, preset.text.context_length)
+               for prompt in args.prompts or different(captions, 4)]
     if whole:
         text_encoder, unet, schedule = whole.text_encoder, whole.unet, whole.schedule
     else:
@@ -427,16 +428,19 @@ def draw_held_out(run, vae, held_out, device, first, schedule):
     return draw_batch(run.args.seed, 10**9, config, clips + first, fps, latents, schedule)
 
 
-def encode_captions(tokenizer, captions, config, device=None, others=()):
+def encode_captions(tokenizer, captions, config, device, others=()):
     """The captions, cut after a word where they are longer than the context; tokens and mask of
-    these, then of `others`, last of the null caption. The tokenizer learns their words."""
+    these, then of `others`, last of the null caption. The tokenizer learns their words. Raises
+    UserError."""
+    if tokenizer.vocab_size > config.vocab_size:
+        raise UserError(f"{tokenizer.vocab_size} tokens are too many for a text encoder that knows "
+                        f"{config.vocab_size}: choose another --init or --preset")
     tokenizer.add_words(captions)
     whole = [*captions, *others]
     short = [cut(tokenizer, caption, config.context_length) for caption in whole]
     if count := sum(a != b for a, b in zip(whole, short)):
         say(f"{count} captions are cut: they are longer than {config.context_length} tokens")
-    return short[: len(captions)], *tokenizer.batch(
-        [*short, ""], config.context_length, device)
+    return short[: len(captions)], *tokenizer.batch([*short, ""], config.context_length, device)
 
 
 def spread(captions: list[str], count: int) -> list[str]:
@@ -507,14 +511,20 @@ def draw_samples(pipeline, path, prompts, real, rates):
 
 
 def load_models(args):
-    """The autoencoder to train on, and where --init is a model.pt its whole Pipeline, or None."""
+    """The autoencoder to train on; where --init is a model.pt its whole Pipeline, or None; and the
+    configs of what is there, by the names that they have in a preset."""
     path = Path(args.init or args.vae or Path(args.out) / "vae.pt")
     if not path.is_file() and not (args.init or args.vae):
         raise UserError(f"no {path}: train it first with `{next_command('vae', args)}`, or name a "
                         "trained one with --vae")
     weights = load_checkpoint(path, "vae")
-    whole = load_pipeline(path) if args.init and "unet" in weights else None
-    return unpack(AutoencoderKL, VAEConfig, weights["vae"]), whole
+    vae, whole = unpack(AutoencoderKL, VAEConfig, weights["vae"]), None
+    configs = {"vae": vae.config}
+    if args.init and "unet" in weights:
+        whole = load_pipeline(path)
+        configs |= {"text": whole.text_encoder.config, "unet": whole.unet.config,
+                    "diffusion": whole.schedule.config}
+    return vae, whole, configs
 
 
 def adopt(args, preset, **configs):
@@ -554,7 +564,8 @@ def open_dataset(args, preset):
     if Path(args.out).resolve().is_relative_to(Path(args.data).resolve()):
         raise UserError(f"--out {args.out} lies inside --data {args.data}: its sample videos would "
                         "be taken for data")
-    dataset = VideoFolder(args.data, seed=args.seed, frames=preset.frames, size=preset.size, **clips)
+    clips |= {"seed": args.seed, "frames": preset.frames, "size": preset.size}
+    dataset = VideoFolder(args.data, **clips)
     for line in dataset.summary():
         say(printable(f"{args.data}: {line}"))
     return dataset
@@ -976,9 +987,12 @@ def read_state(path: Path) -> dict:
     state = load_checkpoint(path, *kinds)
     try:
         wrong = [name for name, kind in kinds.items() if not isinstance(state[name], kind)]
-        wrong += [name for name, total in state["sums"].items() if not math.isfinite(total)]
-        if wrong or not 0 <= state["logged"] <= state["step"]:
-            raise ValueError(", ".join(map(str, wrong)) or "step")
+        numbers = [name for name, kind in kinds.items() if kind is int]
+        wrong += [name for name in numbers if not 0 <= state[name] <= 10**9]
+        wrong += [name for name, total in state["sums"].items()
+                  if type(total) is not float or not math.isfinite(total)]
+        if wrong or state["logged"] > state["step"]:
+            raise ValueError(", ".join(map(str, wrong)) or "logged")
         if state["tokenizer"] is not None:
             state["tokenizer"] = Tokenizer.from_state_dict(state["tokenizer"])
     except (AttributeError, KeyError, TypeError, ValueError) as error:
@@ -1134,7 +1148,7 @@ def check_preset(name, preset):
         with warnings.catch_warnings(), torch.device("meta"):  # nothing is stored or computed
             warnings.simplefilter("ignore")
             vae, unet = AutoencoderKL(preset.vae), UNet3D(preset.unet)
-            TextEncoder(preset.text)
+            TextEncoder(preset.text), Tokenizer.train([], preset.text.vocab_size)
             (width, height), levels = sides(preset.size), len(preset.unet.widths)
             multiple = preset.vae.factor * 2 ** (levels - 1)
             if width % multiple or height % multiple:
@@ -1241,8 +1255,9 @@ def configure(args: argparse.Namespace) -> Preset:
     except ValueError as error:
         raise UserError(f"--preset {args.preset} contradicts itself: {error}") from error
     own, stage = getattr(preset, f"{args.stage}_training"), f"{args.stage}_training"
-    parts = {name: getattr(preset, name) for name in ("vae", "vae_loss", "text", "unet", "diffusion")}
-    parts = set_fields(parts | {"training": own}, args.set)
+    parts = ("vae", "vae_loss", "text", "unet", "diffusion")
+    parts = {name: getattr(preset, name) for name in parts} | {"training": own}
+    parts = set_fields(parts, args.set)
     fixed = {name.partition("=")[0] for name in args.set}
     flags = {name: getattr(args, name) for name in ("steps", "batch_size", "lr", "videos")}
     flags = {name: value for name, value in flags.items() if value is not None}

@@ -27,7 +27,7 @@ from PIL import Image
 
 import data
 from data import UCF101, DataError, VideoError, VideoFolder, contact_sheet, find_captions
-from data import middle_square, prefetch, read_ahead, read_frames, read_image, to_model, to_uint8
+from data import middle_part, prefetch, read_ahead, read_frames, read_image, to_model, to_uint8
 from data import write_video
 from shapes import MovingShapes, Thing, render
 
@@ -1259,7 +1259,7 @@ def test_a_picture_enlarged_for_viewing_is_read_as_it_was(tmp_path, upscale):
     assert np.array_equal(read_image(path, 32), frame[0])
     write_video(tmp_path / "x.gif", frame, upscale=upscale)
     clip, _ = read_frames(tmp_path / "x.gif", lambda times: [0], None)
-    picture = middle_square(clip[0], 32)
+    picture = middle_part(clip[0], 32)
     assert np.abs(picture.astype(int) - frame).max() <= 8  # a GIF has 256 colours
 
 

@@ -8,8 +8,6 @@ process, which can be killed.
 import contextlib
 import copy
 import functools
-import importlib.machinery
-import importlib.util
 import io
 import itertools
 import json
@@ -22,7 +20,6 @@ import signal
 import socket
 import sys
 import time
-import types
 from dataclasses import replace
 from pathlib import Path
 
@@ -91,8 +88,7 @@ def run_train(preset, *arguments):
     stdout = io.StringIO()
     with patched(
         (sys, "argv", ["train.py", *map(str, arguments)]), (vae, "PatchDiscriminator", small),
-        (sample.Pipeline, "generate", draw), (train, "PROMPTS", train.PROMPTS[:1]),
-        (train, "HELD_OUT", 16),
+        (sample.Pipeline, "generate", draw), (train, "HELD_OUT", 16),
     ) as patch, contextlib.redirect_stdout(stdout):
         patch.setitem(train.PRESETS, "shapes", lambda: preset)
         train.main()
@@ -493,9 +489,13 @@ def other_tensor(kind, make):
 DAMAGES = {
     "another type": lambda state: state.update(step="4"),
     "negative": lambda state: state.update(step=-1),
+    "too large": lambda state: state.update(easy_start=10**400),
     "logged later": lambda state: state.update(logged=9),
     "no sum": lambda state: state.update(sums={"loss": math.nan}),
+    "sum of another type": lambda state: state.update(sums={"loss": 10**400}),
     "no record": lambda state: state.update(record={}),
+    "unknown tokens": lambda state: state.update(
+        tokenizer={"merges": [[3, i] for i in range(3, 259)], "words": []}),
     "merges": lambda state: state.update(tokenizer={"merges": [[1, 10**6]], "words": []}),
     "no models": lambda state: state.update(models={}),
     "model missing": lambda state: state["models"].pop("ema"),
@@ -544,7 +544,7 @@ def test_other_damaged_files_cost_what_is_damaged(preset, copied, capsys):
         (copied / "latents.json").write_text(contents or json.dumps(state))
         with encoder_calls() as calls:
             run_train(preset, "diffusion", "--out", copied, "--resume")
-        assert len(calls) == TRAINING.videos
+        assert len(calls) == TRAINING.videos  # not those held out
         assert f"{len(damaged)} damaged lines dropped" in capsys.readouterr().err
         assert (copied / "log.jsonl").read_text().splitlines() == whole
         assert json.loads((copied / "config.json").read_text())["arguments"]["seed"] == 0
@@ -569,15 +569,43 @@ REFUSED = {  # arguments after --out OUT, where lies a finished run: what the on
     "vae --out ELSEWHERE/new --split train01": "--split train01 is for --data FOLDER",
     "vae --out ELSEWHERE/new --clip-seconds 1.5": "--clip-seconds 1.5 is for --data FOLDER",
     "vae --out ELSEWHERE/new --flip": "--flip is for --data FOLDER",
-    "vae --out ELSEWHERE/new --ema 1": "--ema is for python train.py diffusion",
-    "vae --out ELSEWHERE/new --easy-start 1": "--easy-start is for python train.py diffusion",
-    "vae --out ELSEWHERE/new --image-fraction 1": "--image-fraction is for python train.py",
+    "vae --out ELSEWHERE/new --vae OUT/vae.pt": "--vae is for python train.py diffusion",
+    "vae --out ELSEWHERE/new --prompts OUT/log.jsonl": "--prompts is for python train.py diffusion",
+    "diffusion --out ELSEWHERE/new --vae OUT/vae.pt --init OUT/vae.pt": "--vae begins a new one",
+    "diffusion --out ELSEWHERE/new --vae OUT/log.jsonl": "is not a readable checkpoint",
+    "diffusion --out ELSEWHERE/new --vae ELSEWHERE/gone.pt": "no checkpoint at",
+    "diffusion --resume --prompts ELSEWHERE/empty.txt": "empty.txt: 0 sentences",
+    "diffusion --resume --prompts ELSEWHERE/latin.txt": "latin.txt: 'utf-8' codec",
+    "diffusion --resume --prompts ELSEWHERE": "Is a directory",
+    "diffusion --resume --prompts ELSEWHERE/gone": "No such file",
+    "diffusion --resume --frames 8": "was started with frames 16, not 8",
+    "diffusion --resume --size 64": "was started with size 32, not 64",
+    "vae --out ELSEWHERE/new --size 36": "36x36 pixels must be multiples of 16",
+    "vae --out ELSEWHERE/new --size 96x64": "--data shapes has square frames",
+    "vae --out ELSEWHERE/new --size 96x64x32": "is not 64 or 96x64",
+    "vae --out ELSEWHERE/new --size x64": "is not 64 or 96x64",
+    "vae --out ELSEWHERE/new --frames 1": "1",
+    "vae --out ELSEWHERE/new --set nonsense": "a PART of vae, vae_loss, text, unet, diffusion, tra",
+    "vae --out ELSEWHERE/new --set unet=3": "'' is none of channels, widths, blocks",
+    "vae --out ELSEWHERE/new --set unet.width=3": "'width' is none of channels, widths, blocks",
+    "vae --out ELSEWHERE/new --set vae.factor=4": "'factor' is none of latent_channels, patch",
+    "vae --out ELSEWHERE/new --set unet.widths=a,b": "widths cannot be ('a,b',)",
+    "vae --out ELSEWHERE/new --set unet.widths=": "widths cannot be ('',)",
+    "vae --out ELSEWHERE/new --set training.lr=1+1j": "lr cannot be (1+1j)",
+    "vae --out ELSEWHERE/new --set training.lr=1e999": "lr cannot be inf",
+    "vae --out ELSEWHERE/new --set training.ema=2": "ema must be from 0 to 1",
+    "vae --out ELSEWHERE/new --set training.log_every=0": "log_every cannot be 0",
+    "vae --out ELSEWHERE/new --set training.steps=many": "steps cannot be 'many'",
+    "vae --out ELSEWHERE/new --set training.optimizer=sgd": "choose adamw or muon",
+    "vae --out ELSEWHERE/new --set diffusion.prediction=eps": "prediction 'eps' needs",
+    "vae --out ELSEWHERE/new --set vae_loss.vgg_weight=1": "vgg_weight needs --vgg",
+    "vae --out ELSEWHERE/new --set unet.channels=3": "do not fit together",
+    "vae --out ELSEWHERE/new --set text.vocab_size=9": "do not fit together",
     "vae --out ELSEWHERE/new --compile --device cpu": "--compile is for CUDA",
     "vae --out ELSEWHERE/new --grad-accum 5": "cannot be divided into 5 parts",
-    "vae --out ELSEWHERE/new --tensorboard": "pip install tensorboard",
     "vae --out ELSEWHERE/new --vgg OUT/vae.pt": "vgg16-397923af.pth",
     "vae --out ELSEWHERE/new --vgg ELSEWHERE/gone": "vgg16-397923af.pth",
-    "diffusion --resume --vgg OUT/vae.pt": "--vgg is for the autoencoder",
+    "diffusion --resume --vgg OUT/vae.pt": "--vgg is for python train.py vae",
     "vae --out ELSEWHERE/videos/run --data ELSEWHERE/videos": "lies inside --data",
     "vae --out ELSEWHERE/new --data ELSEWHERE/nowhere": "neither a folder of videos nor",
     "vae --out ELSEWHERE/new --data ELSEWHERE/empty": "no videos in",
@@ -600,12 +628,13 @@ def test_what_is_refused_is_one_line_and_changes_nothing(
     for name in ("videos", "empty"):
         (tmp_path / name).mkdir()
     (tmp_path / "videos" / "a.avi").write_text("text")
+    (tmp_path / "empty.txt").write_text(" \n\n")
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
     other = load(finished / "vae.pt")
     other["vae"]["state"]["latent_std"] *= 2
     torch.save(other, tmp_path / "vae.pt")
     for name in ("shapes", "ucf101"):
         monkeypatch.setitem(train.PRESETS, name, lambda: preset)
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     before, stage, *arguments = snapshot(), *line.split()
     arguments = [x.replace("OUT", str(finished)).replace("ELSEWHERE", str(tmp_path))
                  for x in arguments]
@@ -622,11 +651,9 @@ def eps(preset):
 
 
 CONTRADICTIONS = {
-    "latents of 4": lambda p: replace(p, unet=replace(p.unet, latent_size=8)),
     "no multiple": lambda p: replace(p, size=33),
-    "channels": lambda p: replace(p, unet=replace(p.unet, channels=3)),
-    "text width": lambda p: replace(p, text=replace(p.text, width=64)),
     "heads": lambda p: replace(p, text=replace(p.text, heads=5)),
+    "tokens": lambda p: replace(p, text=replace(p.text, vocab_size=200)),
     "groups": lambda p: replace(p, vae=replace(p.vae, groups=7)),
     "no width": lambda p: replace(p, unet=replace(p.unet, widths=(0, 32))),
     "too few blocks": lambda p: replace(p, unet=replace(p.unet, blocks=(1,))),
@@ -654,15 +681,11 @@ def test_weights_that_do_not_fit_are_refused_or_named(preset, finished, copied, 
         capsys.readouterr().err)
     config = json.loads((tmp_path / "new" / "config.json").read_text())
     assert config["preset"]["unet"]["widths"] == [32, 32]
-    larger = replace(preset, size=64, unet=replace(preset.unet, latent_size=8))
-    with pytest.raises(UserError, match="frames of 64 pixels become latents"):
-        run_train(larger, "diffusion", "--out", tmp_path / "newer", *start)
-    deeper = replace(preset, vae=replace(preset.vae, widths=(16, 32)),
-                     unet=replace(preset.unet, latent_size=8))
+    shallow = replace(preset, size=8, vae=replace(preset.vae, widths=(16, 32)))
     for stage in ("vae", "diffusion"):  # before the first stage, not after it
-        with pytest.raises(UserError, match="frames of 32 pixels become latents"):
+        with pytest.raises(UserError, match="frames of 8x8 pixels must be multiples of 16"):
             start = ("--init", finished / "vae.pt")
-            run_train(deeper, stage, "--out", tmp_path / "newer", *start)
+            run_train(shallow, stage, "--out", tmp_path / "newer", *start)
     assert not (tmp_path / "newer").exists()
 
 
@@ -702,7 +725,7 @@ def test_two_processes_train_like_one(finished, tmp_path, parts):
     one, two = log(tmp_path / "one"), log(tmp_path / "two")
     assert len(one) == len(two) == 4
     for a, b in zip(one, two):
-        assert b == {k: pytest.approx(v, rel=1e-4) if k in ("loss", "grad") else v
+        assert b == {k: v if k in ("stage", "step") else pytest.approx(v, rel=1e-3)
                      for k, v in a.items()}
     ours, theirs = (load(tmp_path / name / "last.pt")["models"]["ema"] for name in ("one", "two"))
     assert all(torch.allclose(ours[k], theirs[k], atol=1e-4) for k in ours)
@@ -801,38 +824,9 @@ def test_precision_is_that_of_every_product(preset, tmp_path, precision):
 
 def test_ema_0_keeps_the_last_weights(preset, finished, tmp_path):
     shutil.copy(finished / "vae.pt", tmp_path)
-    run_train(preset, "diffusion", "--out", tmp_path, "--ema", 0)
+    run_train(preset, "diffusion", "--out", tmp_path, "--set", "training.ema=0")
     state = load(tmp_path / "last.pt")["models"]
     assert differences(state["ema"], state["model"]) == []
-
-
-def test_tensorboard_shows_the_log(preset, finished, tmp_path):
-    shutil.copy(finished / "vae.pt", tmp_path)
-    shown, module = [], types.ModuleType("torch.utils.tensorboard")
-
-    class SummaryWriter:
-        def __init__(self, folder, purge_step):
-            assert folder == tmp_path / "tensorboard" / "diffusion"
-            shown.append(("purged", None, purge_step))
-
-        def add_scalar(self, name, value, step):
-            shown.append((name, value, step))
-
-        def flush(self):
-            pass
-
-    module.SummaryWriter, package = SummaryWriter, types.ModuleType("tensorboard")
-    package.__spec__ = importlib.machinery.ModuleSpec("tensorboard", None)
-    with patched() as patch:
-        patch.setitem(sys.modules, "tensorboard", package)
-        patch.setitem(sys.modules, "torch.utils.tensorboard", module)
-        command = ("diffusion", "--out", tmp_path, "--tensorboard")
-        interrupt(preset, command, at=4)
-        run_train(preset, *command, "--resume")
-    assert [step for name, _, step in shown if name == "purged"] == [1, 3]
-    losses = [(value, step) for name, value, step in shown if name == "loss"]
-    repeated = [(x["loss"], x["step"]) for x in log(tmp_path)]
-    assert losses == repeated[:3] + repeated[2:]
 
 
 @pytest.mark.gpu
@@ -894,7 +888,7 @@ def test_image_fraction_closes_temporal_attention_for_its_clips(preset, finished
         return forward(self, *arguments)
 
     with patched((UNet3D, "forward", watch)):
-        run_train(preset, "diffusion", "--out", tmp_path, "--image-fraction", 0.5)
+        run_train(preset, "diffusion", "--out", tmp_path, "--set", "training.image_fraction=0.5")
     config = replace(TRAINING, image_fraction=0.5)
     expected = [draw(step, config, TRAINING.videos, 16)["images"] for step in range(4)]
     assert any(e.any() and not e.all() for e in expected)
@@ -919,7 +913,8 @@ def test_the_run_folder_holds_what_the_documentation_says(finished):
     pictures = {f"samples/vae_00000{n}.png" for n in (2, 4)}
     pictures |= {f"samples/step_00000{n}.gif" for n in (2, 4)}
     checkpoints = {"vae.pt", "last.pt", "model.pt"}
-    latents = {"latents.bin", "latents.json"}
+    pictures |= {"samples/loss.png"}
+    latents = {f"{name}.{end}" for name in ("latents", "held_out") for end in ("bin", "json")}
     assert files == checkpoints | latents | pictures | {"config.json", "log.jsonl"}
     config = json.loads((finished / "config.json").read_text())
     assert config["arguments"]["stage"] == "diffusion" and config["arguments"]["seed"] == 0
@@ -942,7 +937,7 @@ def test_the_log_has_every_step_of_both_stages(finished):
     ]
     common = {"stage", "step", "loss", "grad", "lr"}
     assert set(lines[0]) == common | {"l1", "mse", "kl", "psnr", "gan", "discriminator"}
-    assert set(lines[-1]) == common
+    assert set(lines[-1]) == common | {f"loss_{i}" for i in (1, 2, 3, 4)}
     assert [x["lr"] for x in lines[:4]] == [learning_rate(step, TRAINING) for step in range(4)]
 
 
@@ -1199,7 +1194,7 @@ def test_frames_of_a_step_do_not_depend_on_what_failed_before(folder):
         fresh = [train.draw_frames(VideoFolder(folder, size=16, clip_seconds=1.6), 3, 8, step)
                  for step in (5, 2)]
     assert used.skipped.keys() > {"0.mp4", "7.mp4"}
-    assert torch.equal(several[5], fresh[0]) and torch.equal(several[2], fresh[1])
+    assert np.array_equal(several[5], fresh[0]) and np.array_equal(several[2], fresh[1])
 
 
 def test_a_caption_that_is_too_long_is_refused_before_encoding(preset, folder, finished, tmp_path):
@@ -1208,7 +1203,7 @@ def test_a_caption_that_is_too_long_is_refused_before_encoding(preset, folder, f
     shutil.copy(finished / "vae.pt", out)
     text = (folder / "captions.csv").read_text()
     (folder / "captions.csv").write_text(text.replace("number 3", "number 3" + " żółć" * 100))
-    with encoder_calls() as calls, pytest.raises(UserError, match="one of the captions is too lo"):
+    with encoder_calls() as calls, pytest.raises(UserError, match="a caption cannot be encoded"):
         run_train(preset, "diffusion", "--data", folder, "--out", out)
     assert not calls and {p.name for p in out.iterdir()} == {"vae.pt"}
 
@@ -1260,12 +1255,13 @@ def drawn(preset, finished, tmp_path_factory):
     def loss(model, schedule, x_start, t, noise, keep):
         model(noise, t)
         steps[-1] |= {"x_start": x_start, "t": t, "noise": noise, "keep": keep}
-        return torch.zeros((), requires_grad=True)
+        return torch.zeros(len(t), requires_grad=True)
 
     many = replace(TRAINING, steps=20, batch_size=128, save_every=100)
     with patched(
         (TextEncoder, "forward", encoder), (UNet3D, "forward", unet),
         (train, "diffusion_loss", loss), (train, "draw_samples", lambda *_: None),
+        (train, "measure", lambda *_: None),
     ):
         run_train(replace(preset, diffusion_training=many), "diffusion", "--out", out)
     return steps
@@ -1339,6 +1335,7 @@ def test_given_frames_of_short_clips():
 
 def test_the_first_step_sees_frames_of_several_videos_in_range():
     frames = train.draw_frames(MovingShapes(9, size=32), seed=0, count=7, step=0)
+    frames = train.pictures(frames)
     assert frames.shape == (7, 3, 32, 32)
     assert frames.min() >= -1 and frames.max() <= 1 and frames.max() > 0.3
     assert len({frame.numpy().tobytes() for frame in frames}) > 4
@@ -1361,7 +1358,7 @@ def test_one_batch_overfits(preset, tiny_pipeline):
         context = model["text"](tokens, mask)
         loss = diffusion_loss(
             lambda x_t, t: model["unet"](x_t, t, context, mask, fps), schedule, x_start, t, noise
-        )
+        ).mean()
         model.zero_grad()
         loss.backward()
         for optimizer in optimizers:
@@ -1593,8 +1590,6 @@ def test_weights_that_are_not_finite_are_not_saved(preset, copied):
 def test_the_parts_of_a_preset_fit_together(name):
     preset = train.configure(train.parse_args(["vae", "--out", "x", "--preset", name]))
     assert preset == train.PRESETS[name]()
-    # The prompts of its pictures are short enough even if every byte were a token.
-    assert all(preset.text.context_length >= len(prompt) + 2 for prompt in train.PROMPTS)
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no /dev/full")
@@ -1609,14 +1604,14 @@ def test_a_full_disk_is_told_in_one_line(run_script, preset, monkeypatch, tmp_pa
 
 
 def test_the_command_line_replaces_the_preset_of_its_own_stage():
-    arguments = "diffusion --out x --steps 7 --batch-size 3 --lr 0 --videos 5 --ema 0.9".split()
-    arguments += ["--image-fraction", "0.2"]
+    arguments = "diffusion --out x --steps 7 --batch-size 3 --lr 0 --videos 5".split()
+    arguments += ["--set", "training.ema=0.9", "training.image_fraction=0.2"]
     preset, changed = train.PRESETS["shapes"](), train.configure(train.parse_args(arguments))
     assert changed.vae_training == preset.vae_training
     expected = replace(preset.diffusion_training, steps=7, batch_size=3, lr=0.0, videos=5, ema=0.9,
                        image_fraction=0.2, easy_start=1)  # after its share of the steps
     assert changed.diffusion_training == expected
-    fixed = train.configure(train.parse_args([*arguments, "--easy-start", "4"]))
+    fixed = train.configure(train.parse_args([*arguments, "--set", "training.easy_start=4"]))
     assert fixed.diffusion_training == replace(expected, easy_start=4)
     short = ["vae", "--preset", "ucf101", "--out", "x", "--steps", "500"]
     assert train.configure(train.parse_args(short)).vae_loss.gan_start == 100
