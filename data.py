@@ -917,6 +917,27 @@ def read_split(folder: Path, split: str) -> set[str]:
     raise DataError(f"no {name} for --split {split}: put it into {folder / lists}")
 
 
+def different(captions: list[str], count: int) -> list[str]:
+    """So many captions, at most, that have as few words in common as can be."""
+    words = {caption: set(caption.split()) for caption in sorted(set(captions))}
+    nearest, chosen = dict.fromkeys(words, 1.0), []
+    while nearest and len(chosen) < count:
+        chosen.append(max(nearest, key=nearest.get))
+        last = words[chosen[-1]]
+        del nearest[chosen[-1]]
+        for caption, distance in nearest.items():
+            common = len(words[caption] & last) / max(len(words[caption] | last), 1)
+            nearest[caption] = min(distance, 1 - common)
+    return chosen
+
+
+def spread(captions: list[str], count: int) -> list[str]:
+    """So many different captions, at most, from all over the data set."""
+    captions = sorted(set(captions))
+    picked = np.linspace(0, len(captions) - 1, min(count, len(captions))).astype(int)
+    return [captions[i] for i in picked]
+
+
 # ------------------------------------------------------------------------------ VideoFolder
 
 

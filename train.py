@@ -20,17 +20,16 @@ saving. Killed at any moment and resumed, on the same CPU, a run ends with the s
 Letters used here: `b` batch, `c` channels, `f` frames, `h w` height and width, `t` timestep.
 """
 
-from tools import DEVICES, Parser, UserError, atomic_path, autocast, check_weights
-from tools import first_process_first, join_processes, load_checkpoint, locked, memory_gib, number
-from tools import out_of_memory, pack, parts, pick_device, printable, process, processes
-from tools import product_dtype, progress, run_command, save_atomically, say, set_fields
-from tools import sum_over_processes, unpack
+from tools import DEVICES, Parser, UserError, accumulate, atomic_path, autocast, digest
+from tools import first_process_first, frame_size, join_processes, load_checkpoint, locked
+from tools import memory_gib, noted_signals, number, out_of_memory, pack, parts, pick_device
+from tools import printable, process, processes, product_dtype, progress, read, read_log, restore
+from tools import run_command, save_atomically, say, set_fields, sum_over_processes, unpack
 
 import argparse
 import contextlib
 import copy
 import functools
-import hashlib
 import json
 import math
 import os
@@ -50,8 +49,8 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 from torch.utils.checkpoint import checkpoint
 
-from data import FRAMES, DataError, VideoError, VideoFolder, chart, contact_sheet, prefetch
-from data import read_ahead, sides, to_model, to_uint8, write_picture, write_video
+from data import FRAMES, DataError, VideoError, VideoFolder, chart, contact_sheet, different
+from data import prefetch, read_ahead, sides, spread, to_model, to_uint8, write_picture, write_video
 from diffusion import DiffusionConfig, NoiseSchedule, diffusion_loss
 from sample import Pipeline, captioned_grid, load_pipeline, read_prompts
 from shapes import MovingShapes
@@ -72,7 +71,8 @@ def train_vae(args: argparse.Namespace, preset: "Preset", device: torch.device) 
         vae = AutoencoderKL(preset.vae)
     vae = vae.to(device).train()
     run = Run(args, adopt(args, preset, vae=vae.config), {"data": digest(dataset.identity())})
-    dataset, held_out = hold_out(args, preset, dataset)
+    dataset, test = hold_out(args, preset, dataset)
+    test = held_out_frames(test, dataset)
     config, vae_loss = run.config, make_vae_loss(args, run.preset.vae_loss).to(device)
     models, optimizers = {"vae": vae}, make_optimizers(vae, config, args.precision)
     if vae_loss.discriminator is not None:
@@ -84,7 +84,6 @@ def train_vae(args: argparse.Namespace, preset: "Preset", device: torch.device) 
     run.begin(models, optimizers)
     economize(args, vae.encoder, vae.decoder)
 
-    test = held_out_frames(held_out, dataset)
     shape = (config.batch_size, *vae.config.latent_shape(*sides(preset.size)))
 
     def draw(step):
@@ -140,13 +139,9 @@ def train_diffusion(args: argparse.Namespace, preset: "Preset", device: torch.de
     tokenizer = run.tokenizer or (whole and whole.tokenizer) or run.make_tokenizer(captions)
     preset, config = run.preset, run.config
     captions, *words = encode_captions(tokenizer, captions, preset.text, device, others)
-    prompts = [cut(tokenizer, prompt, preset.text.context_length)
+    prompts = [tokenizer.cut(prompt, preset.text.context_length)
                for prompt in args.prompts or different(captions, 4)]
-    if whole:
-        text_encoder, unet, schedule = whole.text_encoder, whole.unet, whole.schedule
-    else:
-        text_encoder, unet = TextEncoder(preset.text), UNet3D(preset.unet)
-        schedule = NoiseSchedule(preset.diffusion)
+    text_encoder, unet, schedule = build_models(whole, preset)
     vae = vae.to(device)
     model = nn.ModuleDict({"text_encoder": text_encoder, "unet": unet}).to(device).train()
     ema, optimizers = EMA(model, config.ema), make_optimizers(model, config, args.precision)
@@ -159,10 +154,9 @@ def train_diffusion(args: argparse.Namespace, preset: "Preset", device: torch.de
     report_skipped(dataset, run.out)
     about = {"frames": dataset.frames, "size": preset.size, "captions": spread(captions, 1000),
              "fps": [fps.min().clamp(0.1).item(), fps.max().clamp(max=1000).item()]}
-    parts_of_ema = ema.model["text_encoder"], ema.model["unet"]
-    pipeline = Pipeline(tokenizer, *parts_of_ema, vae, schedule, device, about)
+    pipeline = Pipeline(tokenizer, *ema.model.values(), vae, schedule, device, about)
     pipeline.precision = args.precision
-    shown = real_clips(dataset, captions, clips.tolist(), fps, prompts)
+    real, rates = real_clips(dataset, captions, clips.tolist(), fps, prompts)
 
     def draw(step):
         return pinned(draw_batch(args.seed, step, config, clips, fps, latents, schedule), device)
@@ -186,11 +180,12 @@ def train_diffusion(args: argparse.Namespace, preset: "Preset", device: torch.de
         ema.update(model, step)
         run.log(step, values)
         if run.due(step):
-            draw_samples(pipeline, run.out / f"samples/step_{step + 1:06d}.gif", prompts, *shown)
+            path = run.out / f"samples/step_{step + 1:06d}.gif"
+            draw_samples(pipeline, path, prompts, real, rates)
             measure(run, step, model, schedule, words, measured, device)
         run.save(step, lambda: save_pipeline(pipeline, run.out / "model.pt"))
     if process() == 0:
-        print(f"python sample.py {shlex.quote(prompts[0])} --fps {shown[1][0]:g} --checkpoint "
+        print(f"python sample.py {shlex.quote(prompts[0])} --fps {rates[0]:g} --checkpoint "
               f"{shlex.quote(str(run.out / 'model.pt'))}")
 
 
@@ -200,18 +195,6 @@ def train_diffusion(args: argparse.Namespace, preset: "Preset", device: torch.de
 def generator(seed: int, step: int) -> torch.Generator:
     """The source of all torch randomness of one step, on the CPU: the same on every device."""
     return torch.Generator().manual_seed(seed * 1_000_003 + step)
-
-
-def accumulate(sums, share, values):
-    """Adds `share` times each of the values to the sum of the same name."""
-    for name, value in values.items():
-        value = value.detach() if isinstance(value, Tensor) else value
-        sums[name] = sums.get(name, 0.0) + share * value
-
-
-def read(values: dict[str, Tensor]) -> dict[str, float]:
-    """The numbers in scalar tensors: the device is waited for once."""
-    return dict(zip(values, torch.stack([v.float() for v in values.values()]).tolist()))
 
 
 def pinned(batch, device):
@@ -437,43 +420,10 @@ def encode_captions(tokenizer, captions, config, device, others=()):
                         f"{config.vocab_size}: choose another --init or --preset")
     tokenizer.add_words(captions)
     whole = [*captions, *others]
-    short = [cut(tokenizer, caption, config.context_length) for caption in whole]
+    short = [tokenizer.cut(caption, config.context_length) for caption in whole]
     if count := sum(a != b for a, b in zip(whole, short)):
         say(f"{count} captions are cut: they are longer than {config.context_length} tokens")
     return short[: len(captions)], *tokenizer.batch([*short, ""], config.context_length, device)
-
-
-def spread(captions: list[str], count: int) -> list[str]:
-    """So many different captions, at most, from all over the data set."""
-    captions = sorted(set(captions))
-    picked = np.linspace(0, len(captions) - 1, min(count, len(captions))).astype(int)
-    return [captions[i] for i in picked]
-
-
-def cut(tokenizer: Tokenizer, caption: str, length: int) -> str:
-    """The caption's first words, as many as are at most `length` tokens; the whole if it is."""
-    words = normalize(caption).split(" ")
-    tokens = [tokenizer.encode(" " * (i > 0) + word) for i, word in enumerate(words)]
-    ends = np.cumsum([len(ids) - 2 for ids in tokens]) + 2  # each of them from start to end
-    if ends[-1] <= length:
-        return caption
-    # A word that is longer than all that is cut inside: a token is a byte or more.
-    first = words[0].encode(errors="replace")[: length - 2].decode(errors="ignore")
-    return " ".join(words[: np.searchsorted(ends, length, side="right")]) or first
-
-
-def different(captions: list[str], count: int) -> list[str]:
-    """So many captions, at most, that have as few words in common as can be."""
-    words = {caption: set(caption.split()) for caption in sorted(set(captions))}
-    nearest, chosen = dict.fromkeys(words, 1.0), []
-    while nearest and len(chosen) < count:
-        chosen.append(max(nearest, key=nearest.get))
-        last = words[chosen[-1]]
-        del nearest[chosen[-1]]
-        for caption, distance in nearest.items():
-            common = len(words[caption] & last) / max(len(words[caption] | last), 1)
-            nearest[caption] = min(distance, 1 - common)
-    return chosen
 
 
 def save_pipeline(pipeline: Pipeline, path: Path) -> None:
@@ -527,6 +477,13 @@ def load_models(args):
     return vae, whole, configs
 
 
+def build_models(whole, preset):
+    """Text encoder, UNet and noise schedule: of a Pipeline, or new ones."""
+    if whole:
+        return whole.text_encoder, whole.unet, whole.schedule
+    return TextEncoder(preset.text), UNet3D(preset.unet), NoiseSchedule(preset.diffusion)
+
+
 def adopt(args, preset, **configs):
     """The preset with the configs of the models that training starts from; a line says where they
     differ from its own. Raises UserError where the parts do not fit together."""
@@ -541,14 +498,6 @@ def adopt(args, preset, **configs):
     if adopted != preset:
         check_preset(args.preset, adopted)
     return adopted
-
-
-def digest(text: str, model: nn.Module | None = None) -> str:
-    """A text that tells a text, and the weights of a model, from any others."""
-    total = hashlib.sha256(text.encode())
-    for value in model.state_dict().values() if model else ():
-        total.update(value.numpy(force=True).tobytes())
-    return total.hexdigest()
 
 
 def open_dataset(args, preset):
@@ -786,7 +735,7 @@ class Run:
     def __init__(self, args, preset, digests):
         self.args, self.out, self.stage, self.preset = args, Path(args.out), args.stage, preset
         self.start, self.logged, self.sums = 0, 0, {}  # the last logged step, all values since
-        self.signalled, self.stopping = 0, False  # by Ctrl-C: its number here, anywhere
+        self.signals, self.stopping = [], False  # of Ctrl-C and its like: here, anywhere
         self.record = describe_run(args, preset, digests)
         self.state = find_state(args, self.record)
         self.tokenizer, self.config = None, getattr(preset, f"{args.stage}_training")
@@ -839,36 +788,18 @@ class Run:
             path.write_text(json.dumps(what, indent=2) + "\n")
 
     def steps(self):
-        """The remaining step numbers, behind a progress bar.
-
-        Ctrl-C lets the step come to its end and be saved, and is raised then. So do SIGTERM, with
-        which torchrun and job schedulers end a process, and SIGHUP, of a terminal that was closed.
-        A second one ends it at once.
-        """
-        names = {"SIGINT", "SIGTERM", "SIGHUP"} & set(dir(signal))
-        handlers = {getattr(signal, n): signal.getsignal(getattr(signal, n)) for n in names}
-        handlers = {n: old for n, old in handlers.items() if old != signal.SIG_IGN}  # as by nohup
-
-        def note(name, frame):
-            self.signalled = name
-            if processes() == 1:  # torchrun passes signals on, so that each comes twice
-                signal.signal(name, handlers[name])
-
-        for name in handlers:
-            signal.signal(name, note)
+        """The remaining step numbers, behind a progress bar. A signal of `noted_signals` lets the
+        step come to its end and be saved, and is raised then."""
         self.clock = self.saved = time.monotonic()
-        try:
+        with noted_signals() as self.signals:
             remaining = range(self.start, self.config.steps)
             for step in progress(remaining, self.stage, self.start, self.config.steps):
                 yield step
                 if self.stopping:
                     say("stopped; the same command with --resume goes on from there")
                     break
-        finally:
-            for name, handler in handlers.items():
-                signal.signal(name, handler)
         if self.stopping:
-            signal.raise_signal(self.signalled or signal.SIGINT)
+            signal.raise_signal(self.signals[0] if self.signals else signal.SIGINT)
             raise KeyboardInterrupt
 
     def check_finite(self, *values):
@@ -883,7 +814,7 @@ class Run:
     def log(self, step, values):
         """Every `log_every` steps, the means since the last time: an aligned line on stderr and a
         JSON object in log.jsonl."""
-        stop = sum_over_processes({"stop": torch.tensor(self.signalled)})["stop"]
+        stop = sum_over_processes({"stop": torch.tensor(len(self.signals))})["stop"]
         self.stopping = stop.item() > 0
         accumulate(self.sums, 1, values)
         done = step + 1
@@ -966,9 +897,11 @@ def find_state(args, record):
         raise UserError(f"{last} is a diffusion run: choose another --out")
     if state["stage"] == stage:
         before = {"frames": FRAMES, **state["record"]}  # older ones had no choice
-        record = {name: now for name, now in record.items() if name != "text.context_length"}
         for name, now in record.items():
-            if repr(now) != repr(then := before.get(name)):
+            then = before.get(name)
+            if name == "text.context_length" and type(then) is int and 1 < then <= 2**16:
+                continue  # it grew with the captions
+            if repr(now) != repr(then):
                 raise UserError(f"{last} was started with {name} {then}, not {now}: use the same, "
                                 "or choose another --out")
         return state
@@ -1000,47 +933,6 @@ def read_state(path: Path) -> dict:
     return state
 
 
-def restore(state, models, optimizers, path):
-    """Fills models and optimizers with what read_state(path) returned. Raises UserError."""
-    try:
-        for kind, own in {"models": models, "optimizers": optimizers}.items():
-            if state[kind].keys() != own.keys():
-                raise ValueError(f"{kind} {', '.join(map(str, state[kind]))}")
-        for name, model in models.items():
-            check_weights(state["models"][name], model.state_dict())
-            model.load_state_dict(state["models"][name])
-        for name, optimizer in optimizers.items():
-            # Checked one by one, because a fused step reads whatever lies in memory.
-            parameters = [p for group in optimizer.param_groups for p in group["params"]]
-            keys = ["momentum"] if name == "muon" else ["step", "exp_avg", "exp_avg_sq"]
-            for i, values in state["optimizers"][name].items():
-                like = {key: torch.zeros(()) if key == "step" else parameters[i] for key in keys}
-                check_weights(values, like)
-            groups = optimizer.state_dict()["param_groups"]
-            optimizer.load_state_dict(
-                {"state": state["optimizers"][name], "param_groups": groups}
-            )
-    except (AttributeError, IndexError, KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise UserError(f"{path} does not fit the preset as it is now ({error}): restore its "
-                        "settings, or choose another --out") from error
-
-
-def read_log(path: Path) -> list[dict]:
-    """The lines of log.jsonl as dicts, those that are not damaged."""
-    lines, known = path.read_bytes().splitlines() if path.is_file() else [], []
-    for line in lines:
-        with contextlib.suppress(AttributeError, KeyError, RecursionError, ValueError):
-            values = json.loads(line)
-            numbers = [value for name, value in values.items() if name != "stage"]
-            if values["stage"] in ("vae", "diffusion") and type(values["step"]) is int and all(
-                type(value) in (int, float) for value in numbers
-            ):
-                known.append(values)
-    if len(known) < len(lines):
-        say(f"{path}: {len(lines) - len(known)} damaged lines dropped")
-    return known
-
-
 # ------------------------------------------------------------------------------ presets
 
 
@@ -1068,12 +960,11 @@ class TrainConfig:
     def __post_init__(self):
         if self.optimizer not in ("adamw", "muon"):
             raise ValueError(f"unknown optimizer {self.optimizer!r}: choose adamw or muon")
-        for name in ("lr", "decay", "weight_decay", "ema", "caption_dropout", "text_only",
-                     "image_fraction"):
+        if not (min(self.lr, self.weight_decay) >= 0 and self.grad_clip > 0):
+            raise ValueError("lr, weight_decay and grad_clip cannot be negative, nor grad_clip 0")
+        for name in ("decay", "ema", "caption_dropout", "text_only", "image_fraction"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be from 0 to 1, got {getattr(self, name)}")
-        if not self.grad_clip > 0:
-            raise ValueError(f"grad_clip must be positive, got {self.grad_clip}")
 
 
 @dataclass(frozen=True)
@@ -1180,14 +1071,6 @@ def next_command(stage: str, args: argparse.Namespace) -> str:
     size = args.size and "x".join(map(str, sides(args.size)))
     other = [x for x in args.set if x.partition(".")[0] not in ("training", "vae_loss")]
     return f"python train.py {stage} {options(**same, size=size, frames=args.frames, set=other)}"
-
-
-def frame_size(text: str) -> int | tuple:
-    """An argparse type: the side of a square, or WIDTHxHEIGHT."""
-    size = tuple(int(side) for side in text.lower().split("x") if side.isdecimal())
-    if text.count("x") + 1 != len(size) or len(size) > 2 or not 8 <= min(size) <= max(size) <= 4096:
-        raise argparse.ArgumentTypeError(f"{text!r} is not 64 or 96x64, from 8 to 4096 pixels")
-    return size[0] if len(set(size)) == 1 else size
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:

@@ -1125,12 +1125,12 @@ def test_both_stages_train_on_a_folder(preset, folder, tmp_path, capsys):
     ]
     assert "skipped 2 videos" in capsys.readouterr().err
 
-    dataset = VideoFolder(folder, size=32, flip=True)
+    dataset, _ = VideoFolder(folder, size=32, flip=True).divide()  # without 0 and 20
     clips, rates, latents = cached(out, dataset)
     captions = [dataset.caption(i) for i in clips]
-    assert captions == [c for _, c in dataset.items if "number 0" not in c and "number 7" not in c]
-    assert latents.shape == (20, 4, 16, 4, 4)
-    assert rates.tolist() == pytest.approx([15 / 1.9] * 20, rel=1e-3)
+    assert captions == [c for _, c in dataset.items if "number 7" not in c]
+    assert latents.shape == (19, 4, 16, 4, 4)
+    assert rates.tolist() == pytest.approx([15 / 1.9] * 19, rel=1e-3)
     _, script, prompt, *arguments = shlex.split(printed)
     assert prompt in captions and script == "sample.py"
     assert arguments == ["--fps", "7.9", "--checkpoint", str(out / "model.pt")]
@@ -1197,15 +1197,179 @@ def test_frames_of_a_step_do_not_depend_on_what_failed_before(folder):
     assert np.array_equal(several[5], fresh[0]) and np.array_equal(several[2], fresh[1])
 
 
-def test_a_caption_that_is_too_long_is_refused_before_encoding(preset, folder, finished, tmp_path):
+def test_the_context_grows_to_the_longest_caption(preset, folder, finished, tmp_path, capsys):
+    """Of the training set, before anything is encoded, up to 256 tokens; what is longer is cut
+    after a word, and counted. A text encoder that is trained already keeps its own."""
+    text, out = (folder / "captions.csv").read_text(), tmp_path / "out"
+    start, names = ("--vae", finished / "model.pt"), [f"{7919 * n % 99991:05x}" for n in range(400)]
+    for i, (words, start, length) in enumerate((
+        (5, start, 100), (40, start, None), (199, start, 256),
+        (199, ("--init", finished / "model.pt"), 100),
+    )):
+        whole = [" ".join([f"number {n}", *names[n - 3 :: 2][:words]]) for n in (3, 4)]
+        changed = text.replace("number 3", whole[0]).replace("number 4", whole[1])
+        (folder / "captions.csv").write_text(changed)
+        command = ("diffusion", "--data", folder, "--out", out / str(i), *start, "--steps", 1)
+        run_train(preset, *command)
+        model, err = load(out / str(i) / "model.pt"), capsys.readouterr().err
+        context = model["text_encoder"]["config"]["context_length"]
+        assert context == length or length is None and 100 < context < 256
+        captions = [c for c in model["data"]["captions"] if c.split()[-1] in names]
+        assert len(captions) == 2  # cut after a word
+        assert all(any(w in c for w in whole) for c in captions) == (words < 199)
+        assert ("2 captions are cut" in err) == (words == 199)
+        tokenizer = load_pipeline(out / str(i) / "model.pt").tokenizer
+        assert all(len(tokenizer.encode(c)) <= context for c in captions)
+        resume = ("diffusion", "--data", folder, "--out", out / str(i), "--resume", "--steps", 2)
+        run_train(preset, *resume, *start)
+        after = load(out / str(i) / "model.pt")["text_encoder"]["config"]
+        assert after == model["text_encoder"]["config"]
+
+
+# ------------------------------------------------------------------------------ any setting
+
+SETTINGS = {  # what --set is given: {where in the preset: value}
+    "unet.widths=96,192": {"unet.widths": (96, 192)},
+    "unet.widths=[64,160] unet.attention=true,False": {"unet.attention": (True, False)},
+    "unet.widths=64 unet.blocks=2 unet.attention=true": {"unet.blocks": (2,), "unet.widths": (64,)},
+    "diffusion.prediction=x_start": {"diffusion.prediction": "x_start"},
+    "diffusion.prediction=eps diffusion.zero_terminal_snr=false": {
+        "diffusion.zero_terminal_snr": False},
+    "diffusion.min_snr_gamma=5": {"diffusion.min_snr_gamma": 5},
+    "diffusion.min_snr_gamma=none": {"diffusion.min_snr_gamma": None},
+    "vae.latent_channels=8": {"vae.latent_channels": 8, "unet.channels": 8},
+    "vae.widths=32,64 unet.widths=64,160": {"vae.widths": (32, 64)},
+    "text.width=64 text.heads=2": {"text.width": 64, "unet.text_width": 64},
+    "training.save_every=100 training.save_every=7": {"diffusion_training.save_every": 7},
+    "training.lr=1": {"diffusion_training.lr": 1.0},
+    "training.steps=66": {"diffusion_training.steps": 66, "diffusion_training.easy_start": 15},
+    "training.steps=66 training.easy_start=9": {"diffusion_training.easy_start": 9},
+}
+
+
+@pytest.mark.parametrize("line", SETTINGS)
+def test_any_field_of_a_preset_can_be_set(line):
+    args = train.parse_args(["diffusion", "--out", "x", "--set", *line.split()])
+    preset = train.configure(args)
+    for place, value in SETTINGS[line].items():
+        part, field = place.split(".")
+        found = getattr(getattr(preset, part), field)
+        assert found == value and type(found) is type(value), place
+    assert preset.vae_training == train.PRESETS["shapes"]().vae_training
+
+
+def test_frames_of_another_size_and_number(preset, folder, tmp_path, monkeypatch, capsys):
+    """From the command line into both stages, the checkpoint, and the commands that are printed."""
+    out, options = tmp_path / "out", ("--size", "48x32", "--frames", 6)
+    printed = run_train(preset, "vae", "--data", folder, "--out", out, *options,
+                        "--set", "vae.latent_channels=5", "unet.widths=32,64", "training.warmup=9")
+    _, script, *arguments = shlex.split(printed.split("next: ")[1])
+    assert "training.warmup=9" not in arguments and "unet.widths=32,64" in arguments
+    printed = run_train(preset, *arguments)
+    model = load(out / "model.pt")
+    assert model["unet"]["config"]["channels"] == 5
+    assert model["unet"]["config"]["widths"] == (32, 64)
+    assert model["data"]["size"] == (48, 32) and model["data"]["frames"] == 6
+    _, script, *arguments = shlex.split(printed)
+    monkeypatch.setattr(sys, "argv", [script, *arguments, "--steps", "1", "--out", str(tmp_path)])
+    sample.main()
+    clip = iio.imread(capsys.readouterr().out.strip())
+    assert clip.shape == (6, 4 * 32, 4 * 48, 3)
+    run_train(preset, "diffusion", "--data", folder, "--out", out, "--resume", "--steps", 5,
+              *options, "--set", "unet.widths=32,64")
+
+
+def test_a_new_unet_on_a_trained_autoencoder(preset, finished, tmp_path):
+    """Of a whole model too, of which nothing else is taken."""
+    wider = replace(preset, unet=replace(preset.unet, widths=(32, 64)))
+    run_train(wider, "diffusion", "--out", tmp_path, "--vae", finished / "model.pt", "--steps", 1)
+    ours, theirs = load(tmp_path / "model.pt"), load(finished / "model.pt")
+    assert differences(ours["vae"], theirs["vae"]) == []
+    assert ours["unet"]["config"]["widths"] == (32, 64)
+    assert differences(ours["text_encoder"]["state"], theirs["text_encoder"]["state"])
+
+
+# ------------------------------------------------------------------------------ held-out clips
+
+
+def test_losses_are_averaged_for_each_range_of_noise():
+    sums, batches = {}, [
+        ([1.0, 2.0, 3.0, 4.0], [0, 300, 999, 750]), ([5.0, 7.0], [200, 10]), ([9.0], [260]),
+    ]
+    for losses, t in batches:
+        values = train.by_noise(torch.tensor(losses), torch.tensor(t), 1000)
+        tools.accumulate(sums, 1, tools.read(values))
+    means = train.averages(sums, 3)
+    # Every step weighs the same, and so within it do its samples.
+    assert means == {
+        "loss": pytest.approx(17.5 / 3), "loss_1": pytest.approx((1 / 4 + 6) / (1 / 4 + 1)),
+        "loss_2": pytest.approx((2 / 4 + 9) / (1 / 4 + 1)), "loss_4": pytest.approx(3.5),
+    }
+
+
+def test_held_out_losses_are_of_fixed_draws_from_other_clips(preset, folder, finished, tmp_path):
+    """With a learning rate of 0 they are the same at every save; the clips are none of the training
+    set, the draws as in training, all ranges of noise are among them."""
+    seen, loss_of = [], train.text_to_video_loss
+
+    def watch(model, schedule, tokens, token_mask, *part):
+        if not torch.is_grad_enabled():
+            seen.append(part)
+        return loss_of(model, schedule, tokens, token_mask, *part)
+
+    for name, data_options in (("shapes", ()), ("folder", ("--data", folder))):
+        out, command = tmp_path / name, ("--vae", finished / "vae.pt", "--lr", 0)
+        seen.clear()
+        with patched((train, "text_to_video_loss", watch)):
+            run_train(preset, "diffusion", "--out", out, *command, *data_options)
+        lines = [json.loads(line) for line in (out / "log.jsonl").open()]
+        measured = [line for line in lines if "held_out_loss" in line]
+        assert [line["step"] for line in measured] == [2, 4]
+        names = {"held_out_loss", *(f"held_out_loss_{i}" for i in (1, 2, 3, 4))}
+        assert all(set(line) == names | {"stage", "step"} for line in measured)
+        assert all(measured[0][name] == measured[1][name] > 0 for name in names)
+        rows, _, clips, given, t, _, _ = (torch.cat(x) for x in zip(*seen[: len(seen) // 2]))
+        trained = np.fromfile(out / "latents.bin", np.float16)
+        trained = {clip.tobytes() for clip in trained.reshape(-1, *clips.shape[1:])}
+        assert not any(clip.half().numpy().tobytes() in trained for clip in clips)
+        assert sorted((16 * t // 1000).tolist()) == pytest.approx(range(16), abs=1)
+        assert given.any() and rows.max() >= TRAINING.videos  # captions after those in training
+
+
+def test_a_folder_whose_held_out_videos_cannot_be_used_trains(preset, folder, finished, tmp_path):
+    (folder / "20.mp4").write_text("not a video")
     out = tmp_path / "out"
-    out.mkdir()
-    shutil.copy(finished / "vae.pt", out)
-    text = (folder / "captions.csv").read_text()
-    (folder / "captions.csv").write_text(text.replace("number 3", "number 3" + " żółć" * 100))
-    with encoder_calls() as calls, pytest.raises(UserError, match="a caption cannot be encoded"):
-        run_train(preset, "diffusion", "--data", folder, "--out", out)
-    assert not calls and {p.name for p in out.iterdir()} == {"vae.pt"}
+    run_train(preset, "diffusion", "--data", folder, "--out", out, "--vae", finished / "vae.pt")
+    assert "held_out_loss" not in (out / "log.jsonl").read_text()
+    assert (out / "samples" / "loss.png").is_file()
+
+
+def test_samples_have_their_words_and_a_real_clip_beside_them(preset, finished, tmp_path):
+    """Those of --prompts, or the most different captions of the training set."""
+    dataset, grids = MovingShapes(TRAINING.videos, size=32), []
+    captions = [dataset.caption(i) for i in range(len(dataset))]
+    draw_grid = train.captioned_grid
+
+    def grid(videos, words):
+        grids.append((videos, words))
+        return draw_grid(videos, words)
+
+    (tmp_path / "prompts.txt").write_text(f"\ufeff{captions[3].upper()}\n\n  a cat swims  \n")
+    for name, options in (("own", ()), ("file", ("--prompts", tmp_path / "prompts.txt"))):
+        with patched((train, "captioned_grid", grid)):
+            run_train(preset, "diffusion", "--out", tmp_path / name, "--steps", 1, *options,
+                      "--vae", finished / "vae.pt")
+    (own, words), (given, prompts) = grids
+    assert len(set(words)) == 4 and set(words) <= set(captions)
+    assert prompts == [captions[3].upper(), "a cat swims"]
+    for videos, words in grids:
+        assert videos.shape == (len(words), 16, 64, 128, 3)
+        for video, text in zip(videos, words):
+            real = video[:, ::2, 64::2]
+            known = text.lower() in captions
+            assert np.array_equal(real, dataset[captions.index(text.lower())].video) if known else (
+                not real.any())
+            assert video[:, :, :64].any()
 
 
 # ------------------------------------------------------------------------------ losses of the VAE
