@@ -530,7 +530,8 @@ def test_a_damaged_checkpoint_is_named_in_one_line(preset, copied, run_script, m
     status, _, err = run_script(
         train, "diffusion", "--out", copied, "--resume", "--steps", 5, "--device", "cpu"
     )
-    assert status == 2 and err.count("\n") == 1 and str(copied / "last.pt") in err, err
+    name = "for a text encoder that knows" if damage == "unknown tokens" else copied / "last.pt"
+    assert status == 2 and err.count("\n") == 1 and str(name) in err, err
 
 
 def test_other_damaged_files_cost_what_is_damaged(preset, copied, capsys):
