@@ -1111,10 +1111,14 @@ def test_latents_are_mapped_and_never_written_to(preset, tmp_path):
 
 
 @pytest.fixture
-def folder(tmp_path):
-    """22 short videos with captions, 2 of them unusable."""
-    path, lines = tmp_path / "my videos", ["file,caption"]
-    path.mkdir()
+def folder(videos, tmp_path):
+    """22 short videos with captions, 2 of them unusable; a copy for each test."""
+    return Path(shutil.copytree(videos, tmp_path / "my videos"))
+
+
+@pytest.fixture(scope="module")
+def videos(tmp_path_factory):
+    path, lines = tmp_path_factory.mktemp("videos"), ["file,caption"]
     for i, shape in enumerate(MovingShapes(22, size=48, frames=20, fps=10.0)):
         iio.imwrite(path / f"{i}.mp4", shape.video, plugin="pyav", codec="mpeg4", fps=10)
         lines.append(f'{i}.mp4,"{shape.caption}; it\'s number {i}"')
