@@ -34,7 +34,7 @@ import torch
 from einops import rearrange
 from PIL import Image, ImageOps
 
-from tools import UserError, atomic_path
+from tools import UserError, atomic_path, reason
 
 FRAMES = 16  # of a clip
 FPS = 8.0  # frames per second, where nothing else is said
@@ -127,8 +127,8 @@ def _write_mp4(path, video, fps, upscale):
                 )))
             container.mux(stream.encode())
     except av.error.FFmpegError as error:
-        reason = error.strerror if isinstance(error, OSError) else "is the disk full?"
-        raise OSError(error.errno, reason) from error
+        why = error.strerror if isinstance(error, OSError) else "is the disk full?"
+        raise OSError(error.errno, why) from error
 
 
 def write_picture(path: Path, picture: np.ndarray):
@@ -211,12 +211,7 @@ def read_frames(
     except broken as error:
         # What the operating system says, and not the file, may pass. ffmpeg's numbers are large.
         passing = 0 < (getattr(error, "errno", None) or 0) < 200 and error.errno != errno.EINVAL
-        raise VideoError(_reason(error), passing) from error
-
-
-def _reason(error):
-    reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-    return reason.splitlines()[0][:80]
+        raise VideoError(reason(error), passing) from error
 
 
 def _cover(width, height, size, count=1):
@@ -337,29 +332,26 @@ def _read_file(path, pick, size, place):
 def _breaks_off(path):
     """Whether an AVI, MP4 or Matroska file ends before its pictures do, by the lengths of its
     outermost parts. What it says of its duration is no proof."""
-    total, end = os.path.getsize(path), 0
+    total, position = os.path.getsize(path), 0
     with open(path, "rb") as file:
-        while end < total and (head := file.read(16)):
-            unknown = 0  # a length that was never filled in
-            if head[:4] == b"RIFF":  # some programs count the first 8 bytes and some do not
-                length, unknown = int.from_bytes(head[4:8], "little"), 2**32 - 1
-                end += length + length % 2
+        while len(head := file.read(16)) == 16:
+            unknown, riff = 0, head[:4] == b"RIFF"
+            if riff:  # some programs count the first 8 bytes and some do not
+                size, length, unknown = 0, int.from_bytes(head[4:8], "little"), 2**32 - 1
             elif head[:4] in (b"\x1aE\xdf\xa3", b"\x18S\x80g"):  # EBML header, Segment
-                size = 9 - head[4].bit_length()  # of the length
-                unknown = 2 ** (7 * size) - 1
-                length = int.from_bytes(head[4 : 4 + size], "big") & unknown
-                end += 4 + size + length
+                size = 13 - head[4].bit_length()  # of what precedes
+                unknown = 2 ** (7 * (size - 4)) - 1
+                length = int.from_bytes(head[4:size], "big") & unknown
             elif head[4:8] in (b"ftyp", b"free", b"mdat", b"moof", b"moov", b"wide"):
-                length = int.from_bytes(head[:4], "big")
+                size, length = 0, int.from_bytes(head[:4], "big")
                 length = int.from_bytes(head[8:], "big") if length == 1 else length
-                end += length
             else:
                 return False
-            if length in (0, unknown):
-                return False
-            end += 8 * (head[:4] == b"RIFF" and end + 8 <= total)
-            file.seek(end)
-    return end > total
+            if length in (0, unknown) or position + size + length > total:
+                return length not in (0, unknown)
+            position += size + length + (8 + length % 2) * riff
+            file.seek(position)
+    return False
 
 
 class _Unexpected(ValueError):
@@ -422,7 +414,10 @@ class _Video:
     def open(self):
         import av
 
-        return av.open(self.path, options=FFMPEG)
+        try:
+            return av.open(self.path, options=FFMPEG)
+        except av.error.ArgumentError as error:
+            raise VideoError("there is no video of a known kind in it") from error
 
     def decode(self, key=None):
         """The frames in the order of display, from the start or from a key frame on."""
@@ -489,7 +484,7 @@ def read_image(path: Path, size: int) -> np.ndarray:
     except VideoError:
         raise
     except Exception as error:  # damaged files fail in many ways
-        raise VideoError(_reason(error)) from error
+        raise VideoError(reason(error)) from error
 
 
 def middle_square(picture: np.ndarray, size: int) -> np.ndarray:
@@ -614,7 +609,7 @@ def _find(folder):
                 raise ValueError("it is empty")
             tables[name] = rows
         except (OSError, ValueError, RecursionError) as error:
-            reasons[name] = _reason(error)
+            reasons[name] = reason(error)
     # A list of captions that could be used has used the list of videos beside it.
     pairs = {os.path.dirname(name) for name in tables
              if os.path.basename(name).lower() in CAPTION_LISTS}  # fmt: skip
@@ -867,7 +862,7 @@ def read_split(folder: Path, split: str) -> set[str]:
             try:
                 lines = _read_text(place / name).splitlines()
             except (OSError, ValueError) as error:
-                raise DataError(f"{place / name} cannot be read: {_reason(error)}") from error
+                raise DataError(f"{place / name} cannot be read: {reason(error)}") from error
             return {Path(line.split()[0]).name for line in lines if line.strip()}
     raise DataError(f"no {name} for --split {split}: put it into {folder / lists}")
 
