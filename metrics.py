@@ -191,14 +191,9 @@ class Unit2D(nn.Conv2d):
         return super().forward(x).relu_()
 
 
-def average_pool(x: Tensor) -> Tensor:
-    """The mean of each place and its neighbours inside the map: the same size."""
-    return F.avg_pool2d(x, 3, stride=1, padding=1, count_include_pad=False)
-
-
-def max_pool(x: Tensor) -> Tensor:
-    """The largest of each place and its neighbours: the same size."""
-    return F.max_pool2d(x, 3, stride=1, padding=1)
+# Of each place and its neighbours, at the same size; the mean is over those inside the map.
+average_pool = nn.AvgPool2d(3, stride=1, padding=1, count_include_pad=False)
+max_pool = nn.MaxPool2d(3, stride=1, padding=1)
 
 
 class BlockA(nn.Module):

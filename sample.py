@@ -72,6 +72,8 @@ class Pipeline:
     frame in pixels, "fps": [lowest, highest], "captions": up to 1,000 different ones}.
     """
 
+    precision = None  # of matrix products, as for `tools.autocast`
+
     def __init__(self, tokenizer, text_encoder, unet, vae, schedule, device="cpu", data=None):
         self.device, self.data = torch.device(device), data or {}
         self.tokenizer, self.schedule, self.vae = tokenizer, schedule, vae.to(device)
@@ -165,7 +167,7 @@ class Pipeline:
                 )
 
             given = torch.zeros(len(stories[part]), *shape, device=self.device)
-            with autocast(self.device):
+            with autocast(self.device, self.precision):
                 if where:
                     shown = to_model(pictures[part]).to(self.device)
                     given[:, :, where] = self.vae.encode_video(shown)

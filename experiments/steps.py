@@ -29,7 +29,7 @@ from shapes import caption_accuracy
 LINES = ((230, 75, 60), (70, 140, 240), (60, 180, 90))
 
 
-def steps(checkpoint, num, picture):
+def steps(checkpoint: str | Path, num: int, picture: str) -> None:
     """Caption accuracy against the number of sampling steps, for each sampler; also as a chart."""
     pipeline = load_pipeline(checkpoint, pick_device("auto"))
     captions, _, scenes = zip(*caption_sets(num)["seen"])
@@ -45,7 +45,9 @@ def steps(checkpoint, num, picture):
     write_picture(picture, chart(curves, "sampling steps", "clips with everything right"))
 
 
-def chart(curves, x_label, y_label, width=560, height=340):
+def chart(
+    curves: dict[str, list], x_label: str, y_label: str, width: int = 560, height: int = 340
+) -> np.ndarray:
     """Lines through points (x, y), x on a logarithmic scale and y from 0 to 1, as a picture: uint8
     (height, width, 3). curves: {name: points}, at most three, over the same x."""
     picture = Image.new("RGB", (width, height), "white")
