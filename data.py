@@ -10,7 +10,6 @@ arrays of shape (f, h, w, 3); `to_model` and `to_uint8` convert to and from floa
 
 import copy
 import csv
-import errno
 import functools
 import hashlib
 import io
@@ -171,11 +170,7 @@ warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # se
 
 
 class VideoError(ValueError):
-    """This video cannot be used; the message is the reason. passing: it may be readable later."""
-
-    def __init__(self, reason, passing=False):
-        super().__init__(reason)
-        self.passing = passing
+    """This video cannot be used; the message is the reason."""
 
 
 class DataError(UserError):
@@ -209,9 +204,7 @@ def read_frames(
     except VideoError:
         raise
     except broken as error:
-        # What the operating system says, and not the file, may pass. ffmpeg's numbers are large.
-        passing = 0 < (getattr(error, "errno", None) or 0) < 200 and error.errno != errno.EINVAL
-        raise VideoError(reason(error), passing) from error
+        raise VideoError(reason(error)) from error
 
 
 def _cover(width, height, size, count=1):
@@ -883,7 +876,6 @@ class VideoFolder:
 
     `dataset[i]` raises VideoError where video i is unreadable or too short; its name and the reason
     go into the dict `skipped`, where those are too that a table names but that are not there.
-    `passing` has the names of those that may be readable another time, after an error of the disk.
     Raises DataError where no video can be used.
     """
 
@@ -892,7 +884,7 @@ class VideoFolder:
         size: int | tuple | None = 64, clip_seconds: float | None = None, stride: int | None = None,
         flip: bool = False,
     ):
-        self.folder, self.passing = Path(folder), set()
+        self.folder = Path(folder)
         self.items, self.source, self.skipped, self.left_out, self.others = _find(self.folder)
         if split is not None:
             names = read_split(folder, split)
@@ -1001,7 +993,6 @@ class VideoFolder:
             video, times = read_frames(self.folder / name, pick, self.size, place)
         except VideoError as error:
             self.skipped[name] = str(error)
-            self.passing.update([name] if error.passing else [])
             raise
         if self.flip and rng.random() < 0.5:
             video = np.ascontiguousarray(video[:, :, ::-1])
