@@ -195,7 +195,7 @@ def read_frames(
     import av  # takes a while to import, and the built-in data does without
 
     broken = (av.error.FFmpegError, Image.DecompressionBombError, OSError, ValueError, EOFError,
-              SyntaxError, OverflowError, TypeError, struct.error)
+              SyntaxError, ArithmeticError, LookupError, TypeError, struct.error)
     size = (size, size) if isinstance(size, int) else size
     read = _read_pictures if os.path.isdir(path) or _is_animation(path) else _read_file
     try:
@@ -282,7 +282,7 @@ def _is_animation(path):
         return False
     with open(path, "rb") as file:
         head = file.read(21)
-    return head[12:16] == b"VP8X" and head[20] & 2 > 0
+    return head[12:16] == b"VP8X" and len(head) == 21 and head[20] & 2 > 0
 
 
 def _read_file(path, pick, size, place):
@@ -598,7 +598,7 @@ def _find(folder):
     texts, tables, reasons = _texts(videos, others), {}, {}
     for name in others:
         try:
-            if not (rows := list(_rows(folder, name, texts.get(name), others))):
+            if not (rows := list(_rows(folder, name, texts.get(name)))):
                 raise ValueError("it is empty")
             tables[name] = rows
         except (OSError, ValueError, RecursionError) as error:
@@ -702,13 +702,13 @@ def _read_text(path):
         raise ValueError("it is not UTF-8 text") from error
 
 
-def _rows(folder, name, videos, others):
+def _rows(folder, name, videos):
     """Yields (where, file, caption) of a file; `videos` are those that it lies beside. Raises
     ValueError where it does not hold captions."""
     path, suffix = folder / name, _suffix(name)
-    partner = next((path.with_name(other) for other in VIDEO_LISTS
-                    if os.path.join(os.path.dirname(name), other) in others), None)  # fmt: skip
-    if videos or partner and path.name.lower() in CAPTION_LISTS:
+    partner = path.name.lower() in CAPTION_LISTS and next(
+        filter(os.path.isfile, map(path.with_name, VIDEO_LISTS)), None)  # fmt: skip
+    if videos or partner:
         captions = _read_text(path).rstrip().split("\n")
         files = [None] * len(captions) if videos else _read_text(partner).rstrip().split("\n")
         if len(files) != len(captions):
