@@ -393,7 +393,8 @@ class _Video:
             rising = (np.diff(self.times) > 0).all()
             # B-frames are shown in another order than they are stored in. Where the times do not
             # say so they are those of storing, as always in AVI.
-            avi, delayed = container.format.name == "avi", stream.codec_context.has_b_frames
+            delayed = stream.codec_context.has_b_frames
+            avi = delayed and container.format.name == "avi"
             stored = delayed and (np.diff(order) == 1).all()
             self.exact = bool(rising and not guessed.any() and not avi and not stored)
             self.keys = np.flatnonzero(keys[order]) if self.exact else np.array([], int)
@@ -401,7 +402,7 @@ class _Video:
             self.interval = 1 / float(stream.average_rate or FOLDER_FPS) / self.unit
             aspect = float(stream.sample_aspect_ratio or 1)
             self.aspect = aspect if abs(aspect - 1) > 0.02 else 1  # nearly square is square
-            if not rising or avi and delayed:
+            if not rising or avi:
                 self.times = np.arange(len(times)) * self.interval
 
     def open(self):
