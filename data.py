@@ -32,6 +32,7 @@ import numpy as np
 import torch
 from einops import rearrange
 from PIL import Image, ImageOps
+from torch import Tensor
 
 from tools import UserError, atomic_path, reason
 
@@ -41,13 +42,13 @@ FPS = 8.0  # frames per second, where nothing else is said
 # ------------------------------------------------------------------------------ value ranges
 
 
-def to_model(video):
+def to_model(video: np.ndarray | Tensor) -> Tensor:
     """uint8 (b, f, h, w, 3) array or tensor -> float32 tensor (b, c, f, h, w) in [-1, 1]."""
     video = torch.as_tensor(video)
     return rearrange(video, "b f h w c -> b c f h w").float() / 127.5 - 1
 
 
-def to_uint8(video):
+def to_uint8(video: Tensor) -> np.ndarray:
     """Float tensor (b, c, f, h, w), clipped to [-1, 1] -> uint8 array (b, f, h, w, 3)."""
     video = (video.float().clamp(-1, 1) + 1) * 127.5
     return rearrange(video, "b c f h w -> b f h w c").round().to(torch.uint8).cpu().numpy()
