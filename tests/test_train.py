@@ -1271,6 +1271,7 @@ def drawn(preset, finished, tmp_path_factory):
     with patched(
         (TextEncoder, "forward", encoder), (UNet3D, "forward", unet),
         (train, "diffusion_loss", loss), (train, "draw_samples", lambda *_: None),
+        (train, "check_preset", lambda *_: None),
     ):
         run_train(replace(preset, diffusion_training=many), "diffusion", "--out", out)
     return steps
