@@ -10,7 +10,6 @@ arrays of shape (f, h, w, 3); `to_model` and `to_uint8` convert to and from floa
 
 import copy
 import csv
-import errno
 import functools
 import hashlib
 import io
@@ -34,8 +33,9 @@ import numpy as np
 import torch
 from einops import rearrange
 from PIL import Image, ImageDraw, ImageFont, ImageOps
+from torch import Tensor
 
-from tools import UserError, atomic_path
+from tools import UserError, atomic_path, reason
 
 FRAMES = 16  # of a clip
 FPS = 8.0  # frames per second, where nothing else is said
@@ -43,13 +43,13 @@ FPS = 8.0  # frames per second, where nothing else is said
 # ------------------------------------------------------------------------------ value ranges
 
 
-def to_model(video):
+def to_model(video: np.ndarray | Tensor) -> Tensor:
     """uint8 (b, f, h, w, 3) array or tensor -> float32 tensor (b, c, f, h, w) in [-1, 1]."""
     video = torch.as_tensor(video)
     return rearrange(video, "b f h w c -> b c f h w").float() / 127.5 - 1
 
 
-def to_uint8(video):
+def to_uint8(video: Tensor) -> np.ndarray:
     """Float tensor (b, c, f, h, w), clipped to [-1, 1] -> uint8 array (b, f, h, w, 3)."""
     video = (video.float().clamp(-1, 1) + 1) * 127.5
     return rearrange(video, "b c f h w -> b f h w c").round().to(torch.uint8).cpu().numpy()
@@ -133,8 +133,8 @@ def _write_mp4(path, video, fps, upscale):
                 )))
             container.mux(stream.encode())
     except av.error.FFmpegError as error:
-        reason = error.strerror if isinstance(error, OSError) else "is the disk full?"
-        raise OSError(error.errno, reason) from error
+        why = error.strerror if isinstance(error, OSError) else "is the disk full?"
+        raise OSError(error.errno, why) from error
 
 
 def write_picture(path: Path, picture: np.ndarray):
@@ -215,11 +215,7 @@ warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # se
 
 
 class VideoError(ValueError):
-    """This video cannot be used; the message is the reason. passing: it may be readable later."""
-
-    def __init__(self, reason, passing=False):
-        super().__init__(reason)
-        self.passing = passing
+    """This video cannot be used; the message is the reason."""
 
 
 class DataError(UserError):
@@ -244,7 +240,7 @@ def read_frames(
     import av  # takes a while to import, and the built-in data does without
 
     broken = (av.error.FFmpegError, Image.DecompressionBombError, OSError, ValueError, EOFError,
-              SyntaxError, OverflowError, TypeError, struct.error)
+              SyntaxError, ArithmeticError, LookupError, TypeError, struct.error)
     size = size and sides(size)
     read = _read_pictures if os.path.isdir(path) or _is_animation(path) else _read_file
     try:
@@ -253,14 +249,7 @@ def read_frames(
     except VideoError:
         raise
     except broken as error:
-        # What the operating system says, and not the file, may pass. ffmpeg's numbers are large.
-        passing = 0 < (getattr(error, "errno", None) or 0) < 200 and error.errno != errno.EINVAL
-        raise VideoError(_reason(error), passing) from error
-
-
-def _reason(error):
-    reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-    return reason.splitlines()[0][:80]
+        raise VideoError(reason(error)) from error
 
 
 def _cover(width, height, size, count=1):
@@ -338,7 +327,7 @@ def _is_animation(path):
         return False
     with open(path, "rb") as file:
         head = file.read(21)
-    return head[12:16] == b"VP8X" and head[20] & 2 > 0
+    return head[12:16] == b"VP8X" and len(head) == 21 and head[20] & 2 > 0
 
 
 def _read_file(path, pick, size, place):
@@ -381,29 +370,26 @@ def _read_file(path, pick, size, place):
 def _breaks_off(path):
     """Whether an AVI, MP4 or Matroska file ends before its pictures do, by the lengths of its
     outermost parts. What it says of its duration is no proof."""
-    total, end = os.path.getsize(path), 0
+    total, position = os.path.getsize(path), 0
     with open(path, "rb") as file:
-        while end < total and (head := file.read(16)):
-            unknown = 0  # a length that was never filled in
-            if head[:4] == b"RIFF":  # some programs count the first 8 bytes and some do not
-                length, unknown = int.from_bytes(head[4:8], "little"), 2**32 - 1
-                end += length + length % 2
+        while len(head := file.read(16)) == 16:
+            unknown, riff = 0, head[:4] == b"RIFF"
+            if riff:  # some programs count the first 8 bytes and some do not
+                size, length, unknown = 0, int.from_bytes(head[4:8], "little"), 2**32 - 1
             elif head[:4] in (b"\x1aE\xdf\xa3", b"\x18S\x80g"):  # EBML header, Segment
-                size = 9 - head[4].bit_length()  # of the length
-                unknown = 2 ** (7 * size) - 1
-                length = int.from_bytes(head[4 : 4 + size], "big") & unknown
-                end += 4 + size + length
+                size = 13 - head[4].bit_length()  # of what precedes
+                unknown = 2 ** (7 * (size - 4)) - 1
+                length = int.from_bytes(head[4:size], "big") & unknown
             elif head[4:8] in (b"ftyp", b"free", b"mdat", b"moof", b"moov", b"wide"):
-                length = int.from_bytes(head[:4], "big")
+                size, length = 0, int.from_bytes(head[:4], "big")
                 length = int.from_bytes(head[8:], "big") if length == 1 else length
-                end += length
             else:
                 return False
-            if length in (0, unknown):
-                return False
-            end += 8 * (head[:4] == b"RIFF" and end + 8 <= total)
-            file.seek(end)
-    return end > total
+            if length in (0, unknown) or position + size + length > total:
+                return length not in (0, unknown)
+            position += size + length + (8 + length % 2) * riff
+            file.seek(position)
+    return False
 
 
 class _Unexpected(ValueError):
@@ -452,7 +438,8 @@ class _Video:
             rising = (np.diff(self.times) > 0).all()
             # B-frames are shown in another order than they are stored in. Where the times do not
             # say so they are those of storing, as always in AVI.
-            avi, delayed = container.format.name == "avi", stream.codec_context.has_b_frames
+            delayed = stream.codec_context.has_b_frames
+            avi = delayed and container.format.name == "avi"
             stored = delayed and (np.diff(order) == 1).all()
             self.exact = bool(rising and not guessed.any() and not avi and not stored)
             self.keys = np.flatnonzero(keys[order]) if self.exact else np.array([], int)
@@ -460,13 +447,16 @@ class _Video:
             self.interval = 1 / float(stream.average_rate or FOLDER_FPS) / self.unit
             aspect = float(stream.sample_aspect_ratio or 1)
             self.aspect = aspect if abs(aspect - 1) > 0.02 else 1  # nearly square is square
-            if not rising or avi and delayed:
+            if not rising or avi:
                 self.times = np.arange(len(times)) * self.interval
 
     def open(self):
         import av
 
-        return av.open(self.path, options=FFMPEG)
+        try:
+            return av.open(self.path, options=FFMPEG)
+        except av.error.ArgumentError as error:
+            raise VideoError("there is no video of a known kind in it") from error
 
     def decode(self, key=None):
         """The frames in the order of display, from the start or from a key frame on."""
@@ -533,7 +523,7 @@ def read_image(path: Path, size: int | tuple) -> np.ndarray:
     except VideoError:
         raise
     except Exception as error:  # damaged files fail in many ways
-        raise VideoError(_reason(error)) from error
+        raise VideoError(reason(error)) from error
 
 
 def middle_part(picture: np.ndarray, size: int | tuple) -> np.ndarray:
@@ -655,11 +645,11 @@ def _find(folder):
     texts, tables, reasons = _texts(videos, others), {}, {}
     for name in others:
         try:
-            if not (rows := list(_rows(folder, name, texts.get(name), others))):
+            if not (rows := list(_rows(folder, name, texts.get(name)))):
                 raise ValueError("it is empty")
             tables[name] = rows
         except (OSError, ValueError, RecursionError) as error:
-            reasons[name] = _reason(error)
+            reasons[name] = reason(error)
     # A list of captions that could be used has used the list of videos beside it.
     pairs = {os.path.dirname(name) for name in tables
              if os.path.basename(name).lower() in CAPTION_LISTS}  # fmt: skip
@@ -759,13 +749,13 @@ def _read_text(path):
         raise ValueError("it is not UTF-8 text") from error
 
 
-def _rows(folder, name, videos, others):
+def _rows(folder, name, videos):
     """Yields (where, file, caption) of a file; `videos` are those that it lies beside. Raises
     ValueError where it does not hold captions."""
     path, suffix = folder / name, _suffix(name)
-    partner = next((path.with_name(other) for other in VIDEO_LISTS
-                    if os.path.join(os.path.dirname(name), other) in others), None)  # fmt: skip
-    if videos or partner and path.name.lower() in CAPTION_LISTS:
+    partner = path.name.lower() in CAPTION_LISTS and next(
+        filter(os.path.isfile, map(path.with_name, VIDEO_LISTS)), None)  # fmt: skip
+    if videos or partner:
         captions = _read_text(path).rstrip().split("\n")
         files = [None] * len(captions) if videos else _read_text(partner).rstrip().split("\n")
         if len(files) != len(captions):
@@ -912,7 +902,7 @@ def read_split(folder: Path, split: str) -> set[str]:
             try:
                 lines = _read_text(place / name).splitlines()
             except (OSError, ValueError) as error:
-                raise DataError(f"{place / name} cannot be read: {_reason(error)}") from error
+                raise DataError(f"{place / name} cannot be read: {reason(error)}") from error
             return {Path(line.split()[0]).name for line in lines if line.strip()}
     raise DataError(f"no {name} for --split {split}: put it into {folder / lists}")
 
@@ -954,7 +944,6 @@ class VideoFolder:
 
     `dataset[i]` raises VideoError where video i is unreadable or too short; its name and the reason
     go into the dict `skipped`, where those are too that a table names but that are not there.
-    `passing` has the names of those that may be readable another time, after an error of the disk.
     Raises DataError where no video can be used.
     """
 
@@ -963,7 +952,7 @@ class VideoFolder:
         size: int | tuple | None = 64, clip_seconds: float | None = None, stride: int | None = None,
         flip: bool = False,
     ):
-        self.folder, self.passing = Path(folder), set()
+        self.folder = Path(folder)
         self.items, self.source, self.skipped, self.left_out, self.others = _find(self.folder)
         if split is not None:
             names = read_split(folder, split)
@@ -1072,7 +1061,6 @@ class VideoFolder:
             video, times = read_frames(self.folder / name, pick, self.size, place)
         except VideoError as error:
             self.skipped[name] = str(error)
-            self.passing.update([name] if error.passing else [])
             raise
         if self.flip and rng.random() < 0.5:
             video = np.ascontiguousarray(video[:, :, ::-1])

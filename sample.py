@@ -253,7 +253,7 @@ def check_data(data, config):
             and 0.1 <= low <= high <= 1000
             and all(isinstance(caption, str) for caption in data.get("captions", ()))):
         raise ValueError("its size, frames, fps or captions of the training data cannot be")
-    return data
+    return data | {"size": width if width == height else (width, height)}
 
 
 def load_pipeline(path=CHECKPOINT, device="cpu") -> Pipeline:

@@ -526,7 +526,8 @@ def test_a_damaged_checkpoint_is_named_in_one_line(preset, copied, run_script, m
     status, _, err = run_script(
         train, "diffusion", "--out", copied, "--resume", "--steps", 5, "--device", "cpu"
     )
-    assert status == 2 and err.count("\n") == 1 and str(copied / "last.pt") in err, err
+    name = "for a text encoder that knows" if damage == "unknown tokens" else copied / "last.pt"
+    assert status == 2 and err.count("\n") == 1 and str(name) in err, err
 
 
 def test_other_damaged_files_cost_what_is_damaged(preset, copied, capsys):
@@ -1100,10 +1101,14 @@ def test_latents_are_mapped_and_never_written_to(preset, tmp_path):
 
 
 @pytest.fixture
-def folder(tmp_path):
-    """22 short videos with captions, 2 of them unusable."""
-    path, lines = tmp_path / "my videos", ["file,caption"]
-    path.mkdir()
+def folder(videos, tmp_path):
+    """22 short videos with captions, 2 of them unusable; a copy for each test."""
+    return Path(shutil.copytree(videos, tmp_path / "my videos"))
+
+
+@pytest.fixture(scope="module")
+def videos(tmp_path_factory):
+    path, lines = tmp_path_factory.mktemp("videos"), ["file,caption"]
     for i, shape in enumerate(MovingShapes(22, size=48, frames=20, fps=10.0)):
         iio.imwrite(path / f"{i}.mp4", shape.video, plugin="pyav", codec="mpeg4", fps=10)
         lines.append(f'{i}.mp4,"{shape.caption}; it\'s number {i}"')
@@ -1425,7 +1430,7 @@ def drawn(preset, finished, tmp_path_factory):
     with patched(
         (TextEncoder, "forward", encoder), (UNet3D, "forward", unet),
         (train, "diffusion_loss", loss), (train, "draw_samples", lambda *_: None),
-        (train, "measure", lambda *_: None),
+        (train, "measure", lambda *_: None), (train, "check_preset", lambda *_: None),
     ):
         run_train(replace(preset, diffusion_training=many), "diffusion", "--out", out)
     return steps
