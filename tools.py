@@ -494,12 +494,10 @@ def set_fields(configs: dict, assignments: list[str]) -> dict:
         own, value = getattr(configs[part], name, None), read_value(text)
         if isinstance(own, tuple) and not isinstance(value, (list, tuple)):
             value = (value,)
-        changes[part][name] = value
+        is_float = type(own) is float and type(value) is int and abs(value) < 2**53
+        changes[part][name] = float(value) if is_float else value
     for part, values in changes.items():
         try:
-            values = {name: float(value) if type(value) is int and type(
-                getattr(configs[part], name, None)) is float else value
-                for name, value in values.items()}
             values = vars(configs[part]) | values
             configs = configs | {part: read_config(type(configs[part]), values)}
         except (OverflowError, ValueError) as error:

@@ -65,10 +65,8 @@ def train_vae(args: argparse.Namespace, preset: "Preset", device: torch.device) 
     """Stage 1: train the autoencoder on single frames; writes vae.pt."""
     torch.manual_seed(args.seed)  # of the initial weights
     dataset = open_dataset(args, preset)
-    if args.init:
-        vae = unpack(AutoencoderKL, VAEConfig, load_checkpoint(args.init, "vae")["vae"])
-    else:
-        vae = AutoencoderKL(preset.vae)
+    weights = args.init and load_checkpoint(args.init, "vae")["vae"]
+    vae = unpack(AutoencoderKL, VAEConfig, weights) if weights else AutoencoderKL(preset.vae)
     vae = vae.to(device).train()
     run = Run(args, adopt(args, preset, vae=vae.config), {"data": digest(dataset.identity())})
     dataset, test = hold_out(args, preset, dataset)
@@ -1036,6 +1034,7 @@ CLIP_OPTIONS = ("split", "clip_seconds", "stride", "flip")  # of `VideoFolder`
 def check_preset(name, preset):
     """Raises UserError where the parts of a preset do not fit together."""
     try:
+        NoiseSchedule(preset.diffusion)
         with warnings.catch_warnings(), torch.device("meta"):  # nothing is stored or computed
             warnings.simplefilter("ignore")
             vae, unet = AutoencoderKL(preset.vae), UNet3D(preset.unet)
