@@ -921,7 +921,7 @@ def different(captions: list[str], count: int) -> list[str]:
     return chosen
 
 
-def spread(captions: list[str], count: int) -> list[str]:
+def evenly(captions: list[str], count: int) -> list[str]:
     """So many different captions, at most, from all over the data set."""
     captions = sorted(set(captions))
     picked = np.linspace(0, len(captions) - 1, min(count, len(captions))).astype(int)

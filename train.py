@@ -50,7 +50,7 @@ from torch.nn.utils import clip_grad_norm_
 from torch.utils.checkpoint import checkpoint
 
 from data import FRAMES, DataError, VideoError, VideoFolder, chart, contact_sheet, different
-from data import prefetch, read_ahead, sides, spread, to_model, to_uint8, write_picture, write_video
+from data import evenly, prefetch, read_ahead, sides, to_model, to_uint8, write_picture, write_video
 from diffusion import DiffusionConfig, NoiseSchedule, diffusion_loss
 from sample import Pipeline, captioned_grid, load_pipeline, read_prompts
 from shapes import MovingShapes
@@ -150,7 +150,7 @@ def train_diffusion(args: argparse.Namespace, preset: "Preset", device: torch.de
         clips, fps, latents = encode_dataset(vae, dataset, device, run.out, args.precision)
     measured = draw_held_out(run, vae, held_out, device, len(captions), schedule)
     report_skipped(dataset, run.out)
-    about = {"frames": dataset.frames, "size": preset.size, "captions": spread(captions, 1000),
+    about = {"frames": dataset.frames, "size": preset.size, "captions": evenly(captions, 1000),
              "fps": [fps.min().clamp(0.1).item(), fps.max().clamp(max=1000).item()]}
     pipeline = Pipeline(tokenizer, *ema.model.values(), vae, schedule, device, about)
     pipeline.precision = args.precision
