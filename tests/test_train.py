@@ -36,7 +36,7 @@ import shapes
 import tools
 import train
 import vae
-from data import VideoError, VideoFolder, to_model
+from data import VideoError, VideoFolder, to_model, write_video
 from diffusion import DiffusionConfig, NoiseSchedule, diffusion_loss
 from sample import load_pipeline
 from shapes import MovingShapes
@@ -1787,3 +1787,16 @@ def test_the_command_line_replaces_the_preset_of_its_own_stage():
     with pytest.raises(SystemExit) as stop:
         train.parse_args(["--help"])
     assert stop.value.code == 0
+
+
+def test_every_wording_of_a_video_is_learned(tmp_path):
+    for name, text in {"a": "a dog runs\nthe dog is running", "b": "a cat sleeps"}.items():
+        write_video(tmp_path / f"{name}.gif", MovingShapes(1)[0].video, 8.0)
+        (tmp_path / f"{name}.txt").write_text(text)
+    captions, wordings = train.list_captions(VideoFolder(tmp_path))
+    assert sorted(captions) == ["a cat sleeps", "a dog runs", "the dog is running"]
+    assert {captions[i] for i in wordings[0]} == {"a dog runs", "the dog is running"}
+    drawn = [train.reword(0, step, torch.tensor([0, 1, -1]), wordings) for step in range(20)]
+    assert {row[0].item() for row in drawn} == set(wordings[0])
+    assert all(row[1:].tolist() == [1, -1] for row in drawn)
+    assert torch.equal(drawn[3], train.reword(0, 3, torch.tensor([0, 1, -1]), wordings))
