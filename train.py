@@ -1199,7 +1199,7 @@ def check(args, preset, device):
         if wrong:
             raise UserError(message)
     if args.prompts is not None:
-        args.prompts = read_prompts(args.prompts)[:100]
+        args.prompts = read_prompts(args.prompts, 100)
 
 
 def memory_advice(args):

@@ -576,6 +576,7 @@ REFUSED = {  # arguments after --out OUT, where lies a finished run: what the on
     "diffusion --out ELSEWHERE/new --vae OUT/log.jsonl": "is not a readable checkpoint",
     "diffusion --out ELSEWHERE/new --vae ELSEWHERE/gone.pt": "no checkpoint at",
     "diffusion --resume --prompts ELSEWHERE/empty.txt": "empty.txt: 0 sentences",
+    "diffusion --resume --prompts ELSEWHERE/many.txt": "many.txt: 101 sentences, of 1 to 100",
     "diffusion --resume --prompts ELSEWHERE/latin.txt": "latin.txt: 'utf-8' codec",
     "diffusion --resume --prompts ELSEWHERE": "Is a directory",
     "diffusion --resume --prompts ELSEWHERE/gone": "No such file",
@@ -630,6 +631,7 @@ def test_what_is_refused_is_one_line_and_changes_nothing(
         (tmp_path / name).mkdir()
     (tmp_path / "videos" / "a.avi").write_text("text")
     (tmp_path / "empty.txt").write_text(" \n\n")
+    (tmp_path / "many.txt").write_text("a cat runs\n" * 101)
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
     other = load(finished / "vae.pt")
     other["vae"]["state"]["latent_std"] *= 2
