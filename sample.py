@@ -321,21 +321,21 @@ UNLIKE = 20  # levels of 255 that the autoencoder is wrong by where pictures are
 
 
 def grams(sentence):
-    """Its words and marks by one, two and three, with "" for its beginning and end; a word that
-    comes again makes a pair with itself."""
+    """Its words and marks by one, two and three, with "" for its beginning and end; and a pair with
+    itself of each that comes twice."""
     parts = ["", *re.findall(r"\w+|[^\w\s]", sentence.lower()), ""]
-    again = [(part, part) for part, n in Counter(parts[1:-1]).items() if n > 1]
-    return [*zip(parts), *zip(parts, parts[1:]), *zip(parts, parts[1:], parts[2:]), *again]
+    twice = [(part, part) for part, count in Counter(parts[1:-1]).items() if count > 1]
+    return [*zip(parts), *zip(parts, parts[1:]), *zip(parts, parts[1:], parts[2:]), *twice]
 
 
 def is_new(gram, counts):
-    """Is it a pair that no caption has, or else something that chance alone should have brought
-    together three times or more if all sentences were possible? counts: of the captions' grams."""
+    """Has no caption this pair, and none these three, or this one twice, where chance alone should
+    have brought them together three times? counts: of the captions' grams."""
     if counts[gram] or len(gram) == 1:
         return False
-    if gram[0] == gram[-1]:  # twice in a sentence
-        return counts[gram[:1]] ** 2 >= 3 * counts[("",)]
-    return len(gram) == 2 or counts[gram[:2]] * counts[gram[1:]] >= 3 * counts[gram[1:2]]
+    if len(gram) == 2:  # there are two "" in a caption
+        return gram[0] != gram[1] or counts[gram[:1]] ** 2 >= 3 * counts[("",)]
+    return counts[gram[:2]] * counts[gram[1:]] >= 3 * counts[gram[1:2]]
 
 
 @torch.no_grad()
@@ -350,8 +350,8 @@ def warnings_about(pipeline, args, stories, pictures):
         yield f"the model never saw {', '.join(near)} in training and can only guess what is meant"
     captions = data.get("captions", ())
     counts = Counter(itertools.chain(*map(grams, captions)))
-    new = [s for s in sentences if counts and any(is_new(gram, counts) for gram in grams(s))]
-    for sentence in new[:3]:
+    new = [s for s in sentences if any(is_new(gram, counts) for gram in grams(s))]
+    for sentence in new[:3] if captions else ():
         like = map(repr, difflib.get_close_matches(sentence.lower(), captions, 2, 0))
         yield f"no sentence in training is built like {sentence!r}; there are {' or '.join(like)}"
     low, high = data.get("fps", (0, math.inf))
@@ -393,7 +393,7 @@ def parse_args(argv=None):
     add("--device", default="auto", choices=DEVICES)
     add = parser.add_argument_group("what to draw").add_argument
     add("--num", type=number(int, 1, 10_000), default=1, help="videos of each prompt (%(default)s)")
-    add("--seed", type=number(int, 0, 2**62), default=0, help="of the first video; + 1 for each")
+    add("--seed", type=number(int, 0, 2**62), default=0, help="video i is drawn with seed + i")
     add("--frames", type=number(int, 1, 512), help="(as in training)")
     add("--fps", type=number(float, 0.1, 1000), help="frames per second: with fewer, things move "
         f"further from frame to frame ({FPS:g}, or the nearest in training)")
@@ -406,7 +406,7 @@ def parse_args(argv=None):
     add("--overlap", type=number(int, 1, 511), default=OVERLAP, metavar="N",
         help="frames to take over from --video, and from chunk to chunk (%(default)s)")
     add("--conditioning", choices=CONDITIONINGS, default="mask",
-        help="how the model learns of given frames: the others if not so trained (%(default)s)")
+        help="mask as in training; the others for models trained without (%(default)s)")
     add = parser.add_argument_group("how to draw it").add_argument
     add("--steps", type=number(int, 1, 1000), default=STEPS, help="of denoising (%(default)s)")
     add("--sampler", choices=list(SAMPLERS), default=SAMPLER, help="(%(default)s)")
@@ -416,13 +416,13 @@ def parse_args(argv=None):
     add = parser.add_argument_group("where to put it").add_argument
     add("--out", type=Path, default=Path("samples"),
         help="a folder, or for one video a file name ending in .gif, .mp4 or .png (samples/)")
-    add("--format", choices=[f[1:] for f in FORMATS], help="png: a sheet of the frames (gif)")
+    add("--format", choices=[f[1:] for f in FORMATS], help="png is a sheet of frames (gif)")
     add("--upscale", type=number(int, 1, 64), default=4, help="enlarge for viewing (%(default)s)")
     add("--grid", action="store_true", help="all videos in one, with their captions")
-    add("--attention", type=Path, metavar="FILE.png",
-        help="also draw how strongly each frame attends to each word")
-    add("--denoising", type=Path, metavar="FILE",
-        help="also draw what the model believes the clip to be at each step: .gif or .png")
+    add("--attention", type=Path, metavar="FILE.png", help="draw each frame's attention to each "
+        "word, too")
+    add("--denoising", type=Path, metavar="FILE.gif", help="draw what the model believes the clip "
+        "to be at each step, too; or FILE.png")
     args = parser.parse_intermixed_args(argv)  # options may stand between the sentences
     if bool(args.prompt) + (args.prompts is not None) + args.words != 1:
         parser.error("say what should happen: in quotes, or in a file for --prompts")
@@ -434,6 +434,7 @@ def check_options(args):
     as far as can be told without the checkpoint."""
     out, suffix, more = f"--out {args.out}", args.out.suffix.lower(), len(args.prompt) - 1
     several = args.num > 1 or args.prompts is not None
+    extras = list(filter(None, (args.attention, args.denoising)))
     for wrong, message in (
         (suffix in (".avi", ".jpg", ".jpeg", ".mkv", ".mov", ".webm", ".webp"),
          f"{out}: the formats are {', '.join(FORMATS)}"),
@@ -444,17 +445,14 @@ def check_options(args):
         (args.image and args.video, "--image and --video both say how the video begins"),
         (args.last_image and args.extend, "--last-image says how the video ends, --extend goes on"),
         (more > args.extend, f"{more + 1} prompts: put one in quotes, or add --extend {more}"),
-        ((args.attention or args.denoising) and (several or args.extend),
+        (extras and (several or args.extend),
          "--attention and --denoising show one clip: no --num, --prompts or --extend"),
-        (args.attention and args.attention.suffix != ".png",
-         f"--attention {args.attention} does not end in .png"),
-        (args.denoising and args.denoising.suffix not in (".gif", ".png"),
-         f"--denoising {args.denoising} does not end in .gif or .png"),
+        *((path.suffix not in (".gif", ".png"), f"{path} does not end in .gif or .png")
+          for path in extras),
     ):
         if wrong:
             raise UserError(message)
-    check_writable(args.out if suffix in FORMATS else args.out / "x")
-    for path in filter(None, (args.attention, args.denoising)):
+    for path in (args.out if suffix in FORMATS else args.out / "x", *extras):
         check_writable(path)
 
 

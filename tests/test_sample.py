@@ -10,6 +10,7 @@ import shlex
 import subprocess
 import sys
 import wave
+from collections import Counter
 from pathlib import Path
 
 import imageio.v3 as iio
@@ -525,6 +526,18 @@ def test_defaults_and_captions_come_from_the_checkpoint(command, trained):
     assert pipeline.generate([CAPTIONS[0]], steps=1).shape[1] == 5
 
 
+@pytest.mark.parametrize("prompt, new", [
+    ("a red circle moves left while a red star spins", True),
+    ("a red circle moves left while a blue star spins", False),
+    ("a red circle moves left while a blue circle moves left", False),
+    ("two red circles", True), ("a red circle moves left, then up, then right", True),
+])
+def test_a_sentence_of_a_new_form_is_known(prompt, new):
+    captions = dict.fromkeys(MovingShapes(1000).describe(i)[0] for i in range(1000))
+    counts = Counter(gram for caption in captions for gram in sample.grams(caption))
+    assert any(sample.is_new(gram, counts) for gram in sample.grams(prompt)) == new
+
+
 @pytest.mark.parametrize("prompt, options, words", [
     ("a red Cirlce spins", "", "'cirlce' (did you mean 'circle'?)"),
     ("a red circle moves Quickly", "", "'quickly' in"),
@@ -714,7 +727,7 @@ def files(tmp_path_factory):
     ("--conditioning none", "none"),
     ("--attention w.png --num 2", "--num"),
     ("--attention w.png --extend 1", "--extend"),
-    ("--attention w.gif", ".png"),
+    ("--attention w.jpg", ".png"),
     ("--attention w.png --out w.png", "both"),
     ("--attention @/folder.png", "folder.png"),
     ("--attention @/a.png/w.png", "a.png"),
