@@ -329,8 +329,8 @@ def grams(sentence):
 
 
 def is_new(gram, counts):
-    """Has no caption this pair, and none these three, or this one twice, where chance alone should
-    have brought them together three times? counts: of the captions' grams."""
+    """Is this in no caption, and either a pair or so common by chance that three captions should
+    have it? counts: of the captions' grams."""
     if counts[gram] or len(gram) == 1:
         return False
     if len(gram) == 2:  # there are two "" in a caption

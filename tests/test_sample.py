@@ -612,6 +612,8 @@ CHECKPOINTS = {  # what is changed, and what is said about it
     "no tokenizer": (lambda c: c.update(tokenizer={}), "merges"),
     "a larger tokenizer": (
         lambda c: c["tokenizer"]["merges"].extend([[3, 4]] * 512), "more tokens than"),
+    "tokens that double": (lambda c: c["tokenizer"].update(
+        merges=[[3, 3], *([i, i] for i in range(259, 299))]), "16 MiB of tokens"),
     "a part is missing": (lambda c: c.pop("vae"), "vae"),
     "a part is a number": (lambda c: c.update(vae=3), "AutoencoderKL"),
     "unknown field": (config("unet", colour="red"), "'colour'"),
