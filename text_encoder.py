@@ -74,9 +74,13 @@ class Tokenizer:
         self.ranks = {pair: rank for rank, pair in enumerate(self.merges)}
         # token_bytes[id]: the bytes that a token stands for, none for the specials.
         self.token_bytes = [b""] * FIRST_BYTE + [bytes([byte]) for byte in range(256)]
+        total = 0
         for a, b in self.merges:
             if not (FIRST_BYTE <= min(a, b) and max(a, b) < len(self.token_bytes)):
                 raise ValueError(f"merge ({a}, {b}) uses a token id that does not exist before it")
+            total += len(self.token_bytes[a]) + len(self.token_bytes[b])
+            if total > 2**24:  # in a damaged file each token may be twice as long as the last
+                raise ValueError(f"merge ({a}, {b}) makes more than 16 MiB of tokens")
             self.token_bytes.append(self.token_bytes[a] + self.token_bytes[b])
         self.cache = {}                      # piece -> ids; captions repeat a small set of words
 

@@ -1,8 +1,6 @@
-"""What every command of this project shares and no reader needs at first: manners (one-line errors,
-interrupts, closed streams), types of arguments, device and precision, files that appear whole or
-not at all, and checkpoints.
-
-A command imports this module first: from then on Ctrl-C is one line, during the other imports, too.
+"""What every command shares and no reader needs at first: manners (errors, interrupts, closed
+streams), types of arguments, device and precision, files that appear whole or not at all, and
+checkpoints. Commands import it first: from then on Ctrl-C is one line, in other imports, too.
 """
 
 import argparse
@@ -50,8 +48,9 @@ def printable(text: object) -> str:
 def reason(error: Exception) -> str:
     """What went wrong, in one line."""
     text = getattr(error, "strerror", None) or str(error)
-    named = f"{type(error).__name__} {text}" if isinstance(error, KeyError) or not text else text
-    return named.splitlines()[0]
+    if isinstance(error, KeyError) or not text:
+        text = f"{type(error).__name__} {text}"
+    return text.splitlines()[0]
 
 
 class Stream:
@@ -110,10 +109,9 @@ def noted_signals():
 def out_of_memory(error: Exception) -> bool:
     """Is it a full memory? PyTorch has no error of its own for that on a CPU, and cuBLAS and cuDNN
     say it in their own words."""
-    texts = ("out of memory", "can't allocate memory", "not enough memory", "ALLOC_FAILED",
-             "ALLOCATION_FAILED", "STATUS_NOT_INITIALIZED", "unable to find an engine",
-             "valid cuDNN algorithm")
-    full = isinstance(error, RuntimeError) and any(text in str(error) for text in texts)
+    words = ("out of memory|can't allocate memory|not enough memory|ALLOC_FAILED|ALLOCATION_FAILED"
+             "|STATUS_NOT_INITIALIZED|unable to find an engine|valid cuDNN algorithm")
+    full = isinstance(error, RuntimeError) and re.search(words, str(error)) is not None
     return full or isinstance(error, MemoryError)
 
 
@@ -121,29 +119,27 @@ def run_command(command: Callable):
     """Call `command()` for a command line. What the user can mend, such as a UserError or a full
     disk or memory, ends it with one line and exit status 2; Ctrl-C, SIGTERM and SIGHUP with status
     128 + the signal's number, after files that are not complete have been deleted."""
-    def fail(message):
-        print(f"error: {printable(message)}", file=sys.stderr)
-        sys.exit(2)
-
     interrupts.clear()
-    for name in ("SIGINT", "SIGTERM", "SIGHUP"):  # Windows has no SIGHUP, and nohup ignores it
-        if hasattr(signal, name) and signal.getsignal(getattr(signal, name)) != signal.SIG_IGN:
+    for name in {"SIGINT", "SIGTERM", "SIGHUP"} & set(dir(signal)):  # Windows has no SIGHUP
+        if signal.getsignal(getattr(signal, name)) != signal.SIG_IGN:  # as under nohup
             signal.signal(getattr(signal, name), interrupt)
-    streams = Stream(sys.stdout), Stream(sys.stderr)
-    with contextlib.redirect_stdout(streams[0]), contextlib.redirect_stderr(streams[1]):
+    out, err = Stream(sys.stdout), Stream(sys.stderr)
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
-            command()
+            return command()
         except UserError as error:
-            fail(error)
+            message = error
         except OSError as error:
-            fail(f"{error.filename}: {reason(error)}" if error.filename else reason(error))
+            message = f"{error.filename}: {reason(error)}" if error.filename else reason(error)
         except (MemoryError, RuntimeError) as error:
             if not out_of_memory(error):
                 raise
-            fail("the memory is full: try a smaller batch, fewer frames, or --device cpu")
+            message = "the memory is full: try a smaller batch, fewer frames, or --device cpu"
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
             sys.exit(128 + (interrupts or [signal.SIGINT])[-1])
+        print(f"error: {printable(message)}", file=sys.stderr)
+        sys.exit(2)
 
 
 class Parser(argparse.ArgumentParser):
@@ -163,14 +159,11 @@ def number(kind: type, low: float, high: float) -> Callable:
     """An argparse type: int or float from `low` to `high`."""
 
     def parse(text):
-        try:
-            value = kind(text)
-        except ValueError:
-            value = None
-        if value is None or not low <= value <= high:
-            name = {int: "a whole number", float: "a number"}[kind]
-            raise argparse.ArgumentTypeError(f"{text!r} is not {name} from {low} to {high}")
-        return value
+        with contextlib.suppress(ValueError):
+            if low <= kind(text) <= high:
+                return kind(text)
+        name = "a whole number" if kind is int else "a number"
+        raise argparse.ArgumentTypeError(f"{text!r} is not {name} from {low} to {high}")
 
     return parse
 
@@ -186,10 +179,8 @@ def frame_size(text: str) -> int | tuple:
 
 def print_row(**row):
     """A row of a table as one JSON line on stdout, numbers with four digits."""
-    for name, value in row.items():
-        if hasattr(value, "item") or isinstance(value, float):
-            row[name] = float(f"{value:.4g}")
-    print(json.dumps(row), flush=True)
+    numbers = {k: v for k, v in row.items() if hasattr(v, "item") or isinstance(v, float)}
+    print(json.dumps(row | {k: float(f"{v:.4g}") for k, v in numbers.items()}), flush=True)
 
 
 # ------------------------------------------------------------------------------ messages
@@ -197,9 +188,8 @@ def print_row(**row):
 def progress(items, title, done, total):
     """A progress bar on stderr around the items that are left."""
     interval = 0.5 if sys.stderr.isatty() else 60  # seconds; few lines when stderr is a file
-    return tqdm(
-        items, title, initial=done, total=total, mininterval=interval, disable=process() > 0
-    )
+    return tqdm(items, title, initial=done, total=total, mininterval=interval,
+                disable=process() > 0)
 
 
 def say(text):
@@ -246,8 +236,8 @@ def join_processes(device):
     if "LOCAL_RANK" in os.environ:  # set by torchrun
         if device.type == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        # The others wait for as long as the first one encodes the data set.
         backend = "nccl" if device.type == "cuda" else "gloo"
+        # The others wait for as long as the first one encodes the data set.
         dist.init_process_group(backend, timeout=timedelta(days=1))
 
 
@@ -317,15 +307,13 @@ DEVICES = ("auto", "cpu", "cuda", "mps")
 
 
 def pick_device(name: str, precision: str | None = None) -> torch.device:
-    """One of DEVICES -> torch.device, and PyTorch's settings for it and for --precision.
-
-    "auto" is a CUDA GPU where there is one, else the CPU. "mps", an Apple GPU, follows PyTorch's
-    documentation and has never been tried. Raises UserError where PyTorch does not see the device.
-    """
+    """One of DEVICES -> torch.device, and PyTorch's settings for it and for --precision. "auto" is
+    CUDA where it is there, else the CPU; "mps", an Apple GPU, has never been tried. Raises
+    UserError where PyTorch does not see the device."""
     kinds = {"cuda": ("CUDA", torch.cuda), "mps": ("Apple", torch.backends.mps)}
     if name in kinds and not kinds[name][1].is_available():
-        raise UserError(f"--device {name}: PyTorch sees no {kinds[name][0]} GPU here; use "
-                        "--device cpu")
+        raise UserError(
+            f"--device {name}: PyTorch sees no {kinds[name][0]} GPU here; use --device cpu")
     # cuDNN's attention would take about half a second to prepare for every new shape.
     torch.backends.cuda.enable_cudnn_sdp(False)
     if precision == "fp32":  # TF32 keeps 10 bits of each number, and convolutions use it by default
@@ -336,17 +324,12 @@ def pick_device(name: str, precision: str | None = None) -> torch.device:
 
 
 def product_dtype(device: torch.device, precision: str | None = None) -> torch.dtype:
-    """The number format of matrix products: bfloat16 where the hardware multiplies such matrices
-    faster than float32 ones. Recent CUDA GPUs do, CPUs with AMX tiles, and AMD's from Zen 4 on.
-
-    precision: "bf16" or "fp32" instead, whatever the hardware."""
-    if precision is not None:
-        fast = precision == "bf16"
-    elif device.type == "cuda":
+    """The number format of matrix products: what --precision says, or bfloat16 where it is faster:
+    on recent CUDA GPUs, on CPUs with AMX tiles, and on AMD's from Zen 4 on."""
+    fast = precision == "bf16"
+    if precision is None and device.type == "cuda":
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
-    elif device.type == "mps":
-        fast = False
-    else:
+    elif precision is None and device.type == "cpu":
         cpu = getattr(torch.cpu, "get_capabilities", dict)()  # older versions of PyTorch: none
         amd = cpu.get("cpu_name", "").startswith("AMD")
         fast = cpu.get("amx_bf16", False) or amd and cpu.get("avx512_bf16", False)
@@ -410,9 +393,7 @@ def locked(folder):
 
 def load_tensors(path: Path, kind: str) -> object:
     """What torch.save wrote: tensors and plain values; nothing in the file is imported or run.
-
-    Raises UserError, which calls the file a `kind`, where it cannot be read.
-    """
+    Raises UserError, which calls the file a `kind`, where it cannot be read."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of a foreign pickle, one error says enough
@@ -422,7 +403,7 @@ def load_tensors(path: Path, kind: str) -> object:
 
 
 def save_atomically(checkpoint: dict, path: Path):
-    """torch.save that leaves the old file or the new one, never half of one. Raises UserError."""
+    """torch.save that leaves the old file or the new one. Raises UserError."""
     with atomic_path(path) as temporary:
         try:
             torch.save(checkpoint, temporary)
@@ -524,7 +505,7 @@ def check_weights(state: dict, expected: dict):
     refuse("the config asks for other shapes than", [
         f"{k} {tuple(x.shape)}" for k, x in state.items() if x.shape != expected[k].shape])
     stored = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in state.values()}
-    if sum(x.numel() * x.element_size() for x in state.values()) > sum(stored.values()):
+    if sum(x.nbytes for x in state.values()) > sum(stored.values()):
         raise ValueError("the tensors are larger than what the file holds of them")
     refuse("not finite:", [k for k, x in state.items() if not x.isfinite().all()])
 
