@@ -2,12 +2,16 @@
 renderer draws and wrong where a video is wrong."""
 
 import dataclasses
+import importlib.util
+import sys
 from itertools import permutations
+from pathlib import Path
 
 import numpy as np
 import pytest
 from scipy.ndimage import gaussian_filter
 
+import shapes
 from data import FPS
 from shapes import (
     BACKGROUND, COLOURS, DIRECTIONS, FPS_RANGE, GROWTH, MOTIONS, POLYGONS, RADII, REACH, SIZE,
@@ -378,3 +382,28 @@ def test_unusable_arrays_are_refused():
             read_things(wrong, FPS)
     with pytest.raises(ValueError):
         caption_accuracy([[THING], [THING]], [video], FPS)
+
+
+def test_a_new_colour_and_a_new_shape_are_three_lines(tmp_path):
+    """The first exercise of the README, as written there."""
+    source = Path(shapes.__file__).read_text()
+    for table, line in {
+        "COLOURS": '"orange": (250, 140, 40)', "REACH": '"hexagon": 1.05',
+        "POLYGONS": '"hexagon": (6, np.cos(np.pi / 6))',
+    }.items():
+        assert f"{table} = {{" in source
+        source = source.replace(f"{table} = {{", f"{table} = {{{line}, ")
+    (tmp_path / "more_shapes.py").write_text(source)
+    spec = importlib.util.spec_from_file_location("more_shapes", tmp_path / "more_shapes.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["more_shapes"] = module  # dataclasses look their module up
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        del sys.modules["more_shapes"]
+    clips = [clip for clip in module.MovingShapes(400, objects=1)
+             if {"orange", "hexagon"} & set(clip.caption.split())]
+    assert len(clips) > 60
+    read = module.caption_accuracy([c.scene for c in clips], [c.video for c in clips],
+                                   [c.fps for c in clips])
+    assert read["all"] >= 0.98
