@@ -133,8 +133,7 @@ def train_diffusion(args: argparse.Namespace, preset: "Preset", device: torch.de
     dataset = open_dataset(args, preset)
     run = Run(args, preset, {"data": digest(dataset.identity()), "autoencoder": digest("", vae)})
     dataset, held_out = hold_out(args, preset, dataset)
-    captions, wordings = list_captions(dataset)
-    others = [held_out.caption(i) for i in range(len(held_out))]
+    (captions, wordings), (others, _) = list_captions(dataset), list_captions(held_out)
     tokenizer = run.tokenizer or (whole and whole.tokenizer) or run.make_tokenizer(captions)
     preset, config = run.preset, run.config
     captions, *words = encode_captions(tokenizer, captions, preset.text, device, others)
@@ -151,11 +150,10 @@ def train_diffusion(args: argparse.Namespace, preset: "Preset", device: torch.de
         clips, fps, latents = encode_dataset(vae, dataset, device, run.out, args.precision)
     measured = draw_held_out(run, vae, held_out, device, len(captions), schedule)
     report_skipped(dataset, run.out)
-    about = {"frames": dataset.frames, "size": preset.size, "captions": evenly(captions, 1000),
-             "fps": [fps.min().clamp(0.1).item(), fps.max().clamp(max=1000).item()]}
+    about = describe_data(dataset, captions, fps)
     pipeline = Pipeline(tokenizer, *ema.model.values(), vae, schedule, device, about)
     pipeline.precision = args.precision
-    real, rates = real_clips(dataset, captions, clips.tolist(), fps, prompts)
+    real, rates = real_clips(dataset, captions, wordings, clips.tolist(), fps, prompts)
 
     def draw(step):
         rows, *rest = draw_batch(args.seed, step, config, clips, fps, latents, schedule)
@@ -451,10 +449,19 @@ def save_pipeline(pipeline: Pipeline, path: Path) -> None:
     save_atomically(packed, path)
 
 
-def real_clips(dataset, captions, clips, fps, prompts):
+def describe_data(dataset, captions: list[str], fps: Tensor) -> dict:
+    """What a checkpoint says of the data that it was trained on, see `Pipeline`."""
+    rates = [fps.min().clamp(0.1).item(), fps.max().clamp(max=1000).item()]
+    return {"frames": dataset.frames, "size": dataset.size, "fps": rates,
+            "captions": evenly(captions, 1000)}
+
+
+def real_clips(dataset, captions, wordings, clips, fps, prompts):
     """For each prompt a clip with that caption, (n, f, h, w, 3), black where there is none; and the
-    frame rates to draw it with, that of the clip or the median. clips: numbers of those encoded."""
-    where = {normalize(captions[i]): (i, rate) for i, rate in zip(clips[::-1], fps.tolist()[::-1])}
+    frame rates to draw it with, that of the clip or the median. clips: numbers of those encoded;
+    wordings: see `list_captions`."""
+    encoded = list(zip(clips, fps.tolist()))[::-1]  # of several clips the first one
+    where = {normalize(captions[row]): known for known in encoded for row in wordings[known[0]]}
     real, rates, median = [], [], fps.median().item()
     for prompt in prompts:
         i, rate = where.get(normalize(prompt), (None, median))
