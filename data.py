@@ -276,7 +276,7 @@ def _read_pictures(path, pick, size, place):
             for i in range(image.n_frames):
                 image.seek(i)
                 image.load()
-                durations.append(image.info["duration"] / 1000)
+                durations.append((image.info["duration"] or 100) / 1000)  # as browsers take 0
         times, names = np.cumsum(durations)[:-1], None
     frames, index = [], pick(times)
     for i in index:

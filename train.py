@@ -465,7 +465,9 @@ def encode_dataset(vae, dataset, device, out, precision=None):
     key = digest(f"{dataset.identity()} {precision}", vae)
     state = read_contents(contents, key, len(dataset))
     size = 2 * math.prod(shape) * len(state["clips"])  # in bytes
-    if not state["clips"] or not file.is_file() or file.stat().st_size < size:
+    if file.exists() and not file.is_file():  # a pipe would keep this waiting
+        raise UserError(f"{file} is not a file: choose another --out")
+    if not state["clips"] or not file.exists() or file.stat().st_size < size:
         contents.unlink(missing_ok=True)  # first: it must never speak of another file
         file.write_bytes(b"")
         state, size = {"key": key, "clips": [], "fps": []}, 0
@@ -495,7 +497,7 @@ def read_contents(path, key, length):
     """What latents.json says: numbers of the encoded clips below `length` and their frame rates. No
     clips where it is damaged or has another key."""
     with contextlib.suppress(OSError, ValueError, TypeError, KeyError, RecursionError):
-        state = json.loads(path.read_bytes())
+        state = json.loads(path.read_bytes() if path.is_file() else b"")
         clips, fps = state["clips"], state["fps"]
         good = [type(i) is int and 0 <= i < length and type(rate) is float and 0 < rate < math.inf
                 for i, rate in zip(clips, fps, strict=True)]
@@ -835,16 +837,16 @@ def read_state(path: Path) -> dict:
              "optimizers": dict}
     state = load_checkpoint(path, *kinds)
     try:
-        wrong = [name for name, kind in kinds.items() if not isinstance(state[name], kind)]
-        numbers = [name for name, kind in kinds.items() if kind is int]
-        wrong += [name for name in numbers if not 0 <= state[name] <= 10**9]
+        wrong = [name for name, kind in kinds.items() if not isinstance(state[name], kind)
+                 or kind is int and not 0 <= state[name] <= 10**9]
         wrong += [name for name, total in state["sums"].items()
-                  if type(total) is not float or not math.isfinite(total)]
+                  if type(total) is not float or not math.isfinite(total)
+                  or type(name) is not str or name in ("stage", "step", "lr", "per_second")]
         if wrong or state["logged"] > state["step"]:
             raise ValueError(", ".join(map(str, wrong)) or "logged")
         if state["tokenizer"] is not None:
             state["tokenizer"] = Tokenizer.from_state_dict(state["tokenizer"])
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except Exception as error:  # damaged values fail in many ways
         raise UserError(f"{path} is damaged ({error}): choose another --out") from error
     return state
 
@@ -869,7 +871,7 @@ def restore(state, models, optimizers, path):
             optimizer.load_state_dict(
                 {"state": state["optimizers"][name], "param_groups": groups}
             )
-    except (AttributeError, IndexError, KeyError, TypeError, ValueError, RuntimeError) as error:
+    except Exception as error:  # damaged values fail in many ways
         raise UserError(f"{path} does not fit the preset as it is now ({error}): restore its "
                         "settings, or choose another --out") from error
 
