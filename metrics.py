@@ -796,6 +796,8 @@ def agree_on_clips(args: Namespace, sources: list[Source]) -> int | None:
         raise UserError(f"the models differ in size: {models[0].size} and {models[1].size} pixels")
     size = SIZE if any(source.name == "shapes" for source in sources) else None
     size = models[0].size if models else size
+    if isinstance(size, tuple) and any(source.name == "shapes" for source in sources):
+        raise UserError(f"`shapes` has square frames, and those of the model are {size}")
     args.frames = args.frames or (models[0].frames if models else FRAMES)
     if args.frames < I3D_MIN_FRAMES:
         raise UserError(f"clips of {args.frames} frames are too short for I3D, which needs "
