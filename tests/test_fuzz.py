@@ -137,7 +137,8 @@ VALUES = [
     0, -1, 1, 2, 3, 7, 2**20, 2**40, 10**400, True, False, None, "", "x", "a\nb", "\x1b[2J", 0.0,
     1.5, -1.0, 1e300, math.nan, math.inf, [], {}, (), [1], (1, 2), [[1]], {"a": 1}, b"x", 1j,
     [None] * 9, torch.zeros(2), torch.tensor(math.nan), torch.zeros(0), torch.ones(2) > 0,
-    "[" * 9999, torch.zeros(2).int(), torch.zeros(1).expand(10**10), torch.zeros(2).to_sparse(), "lr",
+    "[" * 9999, torch.zeros(2).int(), torch.zeros(1).expand(10**10), "lr",
+    torch.zeros(2).to_sparse(),
 ]  # fmt: skip
 TENSORS = [
     lambda x: x[:-1] if x.dim() else x[None], lambda x: x[None], lambda x: x.mT, lambda x: x * 1e30,
