@@ -20,7 +20,7 @@ torch.set_num_threads(1)  # the models are tiny: a second thread costs more than
 
 
 def pytest_addoption(parser):
-    parser.addoption("--inputs", type=int, default=200, help="of all kinds for test_fuzz.py")
+    parser.addoption("--inputs", type=int, default=100, help="of all kinds for test_fuzz.py")
 
 
 def pytest_configure(config):
