@@ -383,7 +383,7 @@ def averages(sums: dict[str, float], count: int) -> dict[str, float]:
     means = {name: total / count for name, total in sums.items()}
     for name in [name for name in means if name.startswith("share_")]:
         share, name = means.pop(name), name.replace("share", "loss")
-        total = means.pop(name)
+        total = means.pop(name, 0.0)
         means |= {name: total / share} if share else {}
     return means
 
