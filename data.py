@@ -211,7 +211,7 @@ FFMPEG = {
     "max_pixels": str(MAX_PIXELS // 4),
 }  # fmt: skip
 FOLDER_FPS = 25.0  # of a folder of frames, which does not say
-warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # see MAX_PIXELS
+warnings.filterwarnings("ignore", module=r"PIL\.")  # of damaged files: one error says enough
 
 
 class VideoError(ValueError):
@@ -309,7 +309,7 @@ def _read_pictures(path, pick, size, place):
             for i in range(image.n_frames):
                 image.seek(i)
                 image.load()
-                durations.append(image.info["duration"] / 1000)
+                durations.append((image.info["duration"] or 100) / 1000)  # as browsers take 0
         times, names = np.cumsum(durations)[:-1], None
     frames, index = [], pick(times)
     for i in index:

@@ -554,6 +554,6 @@ def restore(state: dict, models: dict, optimizers: dict, path: Path):
             optimizer.load_state_dict(
                 {"state": state["optimizers"][name], "param_groups": groups}
             )
-    except (AttributeError, IndexError, KeyError, TypeError, ValueError, RuntimeError) as error:
+    except Exception as error:  # damaged values fail in many ways
         raise UserError(f"{path} does not fit the preset as it is now ({error}): restore its "
                         "settings, or choose another --out") from error

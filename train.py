@@ -381,7 +381,7 @@ def averages(sums: dict[str, float], count: int) -> dict[str, float]:
     means = {name: total / count for name, total in sums.items()}
     for name in [name for name in means if name.startswith("share_")]:
         share, name = means.pop(name), name.replace("share", "loss")
-        total = means.pop(name)
+        total = means.pop(name, 0.0)
         means |= {name: total / share} if share else {}
     return means
 
@@ -575,7 +575,9 @@ def encode_dataset(vae, dataset, device, out, precision=None, name="latents"):
     key = digest(f"{dataset.identity()} {precision}", vae)
     state = read_contents(contents, key, len(dataset))
     size = 2 * math.prod(shape) * len(state["clips"])  # in bytes
-    if not state["clips"] or not file.is_file() or file.stat().st_size < size:
+    if file.exists() and not file.is_file():  # a pipe would keep this waiting
+        raise UserError(f"{file} is not a file: choose another --out")
+    if not state["clips"] or not file.exists() or file.stat().st_size < size:
         contents.unlink(missing_ok=True)  # first: it must never speak of another file
         file.write_bytes(b"")
         state, size = {"key": key, "clips": [], "fps": []}, 0
@@ -605,7 +607,7 @@ def read_contents(path, key, length):
     """What such a file says: numbers of the encoded clips below `length` and their frame rates. No
     clips where it is damaged or has another key."""
     with contextlib.suppress(OSError, ValueError, TypeError, KeyError, RecursionError):
-        state = json.loads(path.read_bytes())
+        state = json.loads(path.read_bytes() if path.is_file() else b"")
         clips, fps = state["clips"], state["fps"]
         good = [type(i) is int and 0 <= i < length and type(rate) is float and 0 < rate < math.inf
                 for i, rate in zip(clips, fps, strict=True)]
@@ -942,16 +944,16 @@ def read_state(path: Path) -> dict:
              "optimizers": dict}
     state = load_checkpoint(path, *kinds)
     try:
-        wrong = [name for name, kind in kinds.items() if not isinstance(state[name], kind)]
-        numbers = [name for name, kind in kinds.items() if kind is int]
-        wrong += [name for name in numbers if not 0 <= state[name] <= 10**9]
+        wrong = [name for name, kind in kinds.items() if not isinstance(state[name], kind)
+                 or kind is int and not 0 <= state[name] <= 10**9]
         wrong += [name for name, total in state["sums"].items()
-                  if type(total) is not float or not math.isfinite(total)]
+                  if type(total) is not float or not math.isfinite(total)
+                  or type(name) is not str or name in ("stage", "step", "lr", "per_second")]
         if wrong or state["logged"] > state["step"]:
             raise ValueError(", ".join(map(str, wrong)) or "logged")
         if state["tokenizer"] is not None:
             state["tokenizer"] = Tokenizer.from_state_dict(state["tokenizer"])
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except Exception as error:  # damaged values fail in many ways
         raise UserError(f"{path} is damaged ({error}): choose another --out") from error
     return state
 

@@ -19,6 +19,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 torch.set_num_threads(1)  # the models are tiny: a second thread costs more than it gives
 
 
+def pytest_addoption(parser):
+    parser.addoption("--inputs", type=int, default=100, help="of all kinds for test_fuzz.py")
+
+
 def pytest_configure(config):
     config.addinivalue_line("markers", "gpu: needs a CUDA GPU; runs where T2V_GPU=1 is set")
 

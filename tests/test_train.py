@@ -488,10 +488,13 @@ def other_tensor(kind, make):
 
 DAMAGES = {
     "another type": lambda state: state.update(step="4"),
+    "a tensor": lambda state: state.update(step=torch.zeros(2)),
     "negative": lambda state: state.update(step=-1),
     "too large": lambda state: state.update(easy_start=10**400),
     "logged later": lambda state: state.update(logged=9),
     "no sum": lambda state: state.update(sums={"loss": math.nan}),
+    "sum of another name": lambda state: state.update(sums={"lr": 1.0}),
+    "sum without a name": lambda state: state.update(sums={1: 1.0}),
     "sum of another type": lambda state: state.update(sums={"loss": 10**400}),
     "no record": lambda state: state.update(record={}),
     "unknown tokens": lambda state: state.update(
