@@ -375,19 +375,12 @@ def warnings_about(pipeline, args, stories, pictures):
 # ------------------------------------------------------------------------------ command line
 
 
-def existing(path):
-    """An argparse type: a file or a folder; pipes and the like would make the program wait."""
-    if not os.path.isfile(path) and not os.path.isdir(path):
-        raise argparse.ArgumentTypeError(f"{path}: no such file")
-    return path
-
-
 def parse_args(argv=None):
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("prompt", nargs="*", help="what should happen, in words; several are a story for --extend")
     add("--prompts", metavar="FILE", help="draw each line of a text file; or `captions`: those "
-        "that the model was trained on", type=lambda x: x if x == "captions" else existing(x))
+        "that the model was trained on")
     add("--words", action="store_true", help="list the words and captions that the model knows")
     add("--checkpoint", default=CHECKPOINT, help="a model.pt (the shipped one)")
     add("--device", default="auto", choices=DEVICES)
@@ -400,9 +393,9 @@ def parse_args(argv=None):
     add("--extend", type=number(int, 1, 1000), default=0, metavar="N", help="go on for N more "
         "chunks, each with its own prompt, or the last one")
     add = parser.add_argument_group("given frames").add_argument
-    add("--image", type=existing, metavar="FILE", help="a picture: the first frame")
-    add("--last-image", type=existing, metavar="FILE", help="a picture: the last frame")
-    add("--video", type=existing, metavar="FILE", help="a clip to go on from: its last frames")
+    add("--image", metavar="FILE", help="a picture: the first frame")
+    add("--last-image", metavar="FILE", help="a picture: the last frame")
+    add("--video", metavar="FILE", help="a clip to go on from: its last frames")
     add("--overlap", type=number(int, 1, 511), default=OVERLAP, metavar="N",
         help="frames to take over from --video, and from chunk to chunk (%(default)s)")
     add("--conditioning", choices=CONDITIONINGS, default="mask",
@@ -430,8 +423,12 @@ def parse_args(argv=None):
 
 
 def check_options(args):
-    """Raises UserError for options that do not go together, and for files that cannot be written,
-    as far as can be told without the checkpoint."""
+    """Raises UserError for files that cannot be read or written, and for options that do not go
+    together, as far as can be told without the checkpoint."""
+    prompts = None if args.prompts == "captions" else args.prompts
+    for path in (prompts, args.image, args.last_image, args.video):
+        if path is not None and not os.path.isfile(path) and not os.path.isdir(path):
+            raise UserError(f"{path!r}: no such file")  # or a pipe, which would make us wait
     out, suffix, more = f"--out {args.out}", args.out.suffix.lower(), len(args.prompt) - 1
     several = args.num > 1 or args.prompts is not None
     extras = list(filter(None, (args.attention, args.denoising)))
