@@ -194,6 +194,39 @@ class Pipeline:
         return length, max(1, AT_ONCE // (length * math.prod(sides(self.size))))
 
 
+def load_pipeline(path=CHECKPOINT, device="cpu") -> Pipeline:
+    """Rebuild a Pipeline from a checkpoint alone. Raises UserError if it cannot be read."""
+    checkpoint = load_checkpoint(path, "tokenizer", "text_encoder", "unet", "vae", "diffusion")
+    vae = unpack(AutoencoderKL, VAEConfig, checkpoint["vae"])
+    try:
+        tokenizer = Tokenizer.from_state_dict(checkpoint["tokenizer"])
+        schedule = NoiseSchedule(read_config(DiffusionConfig, checkpoint["diffusion"]["config"]))
+        # Where older ones have the size of a frame, as that of its latents.
+        size = checkpoint["unet"]["config"].pop("latent_size", 8) * vae.config.factor
+        data = check_data({"size": size} | (checkpoint.get("data") or {}), vae.config.factor)
+    except Exception as error:  # damaged values fail in many ways
+        raise UserError(f"{path} is not a checkpoint of this program: {reason(error)}") from error
+    text_encoder = unpack(TextEncoder, TextEncoderConfig, checkpoint["text_encoder"])
+    if tokenizer.vocab_size > text_encoder.config.vocab_size:  # on a GPU the process would end
+        raise UserError(f"{path}: the tokenizer has more tokens than the text encoder knows")
+    unet = unpack(UNet3D, UNet3DConfig, checkpoint["unet"])
+    if (unet.config.channels, unet.config.text_width) != (
+            vae.config.latent_channels, text_encoder.config.width):
+        raise UserError(f"{path}: the UNet's channels or text_width are not those of its inputs")
+    return Pipeline(tokenizer, text_encoder, unet, vae, schedule, device, data)
+
+
+def check_data(data, factor):
+    """A checkpoint's "data" as in `Pipeline`; the sides of its size are multiples of `factor`.
+    Raises ValueError."""
+    (width, height), (low, high) = sides(data["size"]), data.get("fps", (FPS, FPS))
+    if not (fits((width, height), (1, 1), 4096) and width % factor == height % factor == 0
+            and fits(data.get("frames", FRAMES), FRAMES, 512) and 0.1 <= low <= high <= 1000
+            and all(isinstance(caption, str) for caption in data.get("captions", ()))):
+        raise ValueError("its size, frames, fps or captions of the training data cannot be")
+    return data | {"size": width if width == height else (width, height)}
+
+
 def stack_pictures(pictures, videos, frames, size):
     """The numbers of the given frames in order, and their pictures, uint8 (videos, len(pictures),
     h, w, 3), from `pictures` as in `Pipeline.generate`. ValueError if they do not fit."""
@@ -221,39 +254,6 @@ def seeded_noise(seed, count, shape, device):
         return torch.stack([torch.randn(shape, generator=g) for g in generators]).to(device)
 
     return noise
-
-
-def check_data(data, factor):
-    """A checkpoint's "data" as in `Pipeline`; the sides of its size are multiples of `factor`.
-    Raises ValueError."""
-    (width, height), (low, high) = sides(data["size"]), data.get("fps", (FPS, FPS))
-    if not (fits((width, height), (1, 1), 4096) and width % factor == height % factor == 0
-            and fits(data.get("frames", FRAMES), FRAMES, 512) and 0.1 <= low <= high <= 1000
-            and all(isinstance(caption, str) for caption in data.get("captions", ()))):
-        raise ValueError("its size, frames, fps or captions of the training data cannot be")
-    return data | {"size": width if width == height else (width, height)}
-
-
-def load_pipeline(path=CHECKPOINT, device="cpu") -> Pipeline:
-    """Rebuild a Pipeline from a checkpoint alone. Raises UserError if it cannot be read."""
-    checkpoint = load_checkpoint(path, "tokenizer", "text_encoder", "unet", "vae", "diffusion")
-    vae = unpack(AutoencoderKL, VAEConfig, checkpoint["vae"])
-    try:
-        tokenizer = Tokenizer.from_state_dict(checkpoint["tokenizer"])
-        schedule = NoiseSchedule(read_config(DiffusionConfig, checkpoint["diffusion"]["config"]))
-        # Where older ones have the size of a frame, as that of its latents.
-        size = checkpoint["unet"]["config"].pop("latent_size", 8) * vae.config.factor
-        data = check_data({"size": size} | (checkpoint.get("data") or {}), vae.config.factor)
-    except Exception as error:  # damaged values fail in many ways
-        raise UserError(f"{path} is not a checkpoint of this program: {reason(error)}") from error
-    text_encoder = unpack(TextEncoder, TextEncoderConfig, checkpoint["text_encoder"])
-    if tokenizer.vocab_size > text_encoder.config.vocab_size:  # on a GPU the process would end
-        raise UserError(f"{path}: the tokenizer has more tokens than the text encoder knows")
-    unet = unpack(UNet3D, UNet3DConfig, checkpoint["unet"])
-    if (unet.config.channels, unet.config.text_width) != (
-            vae.config.latent_channels, text_encoder.config.width):
-        raise UserError(f"{path}: the UNet's channels or text_width are not those of its inputs")
-    return Pipeline(tokenizer, text_encoder, unet, vae, schedule, device, data)
 
 
 # ------------------------------------------------------------------------------ pictures
