@@ -463,15 +463,15 @@ def check_writable(path):
         raise UserError(f"cannot write {path}: {reason(error)}") from error
 
 
-def read_prompts(path):
-    """The sentences of a text file, one a line. Raises UserError."""
+def read_prompts(path, most=10_000):
+    """The sentences of a text file, one a line, from 1 to `most`. Raises UserError."""
     try:
         with open(path, encoding="utf-8-sig") as file:
             lines = [line.strip() for line in file.read(2**24).splitlines() if line.strip()]
     except (OSError, ValueError) as error:
         raise UserError(f"--prompts {path}: {reason(error)}") from error
-    if not 0 < len(lines) <= 10_000:
-        raise UserError(f"--prompts {path}: {len(lines)} sentences, of 1 to 10000")
+    if not 0 < len(lines) <= most:
+        raise UserError(f"--prompts {path}: {len(lines)} sentences, of 1 to {most}")
     return lines
 
 

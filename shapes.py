@@ -228,6 +228,9 @@ class MovingShapes:
     def caption(self, index):
         return self.describe(index)[0]
 
+    def captions(self, index):
+        return [self.caption(index)]
+
     def random_frames(self, index, rng, count):
         """`count` different frames of a clip: uint8 (count, h, w, 3)."""
         return self[index].video[rng.choice(self.frames, count, replace=False)]

@@ -133,7 +133,8 @@ def train_diffusion(args: argparse.Namespace, preset: "Preset", device: torch.de
     dataset = open_dataset(args, preset)
     run = Run(args, preset, {"data": digest(dataset.identity()), "autoencoder": digest("", vae)})
     dataset, held_out = hold_out(args, preset, dataset)
-    captions, others = ([d.caption(i) for i in range(len(d))] for d in (dataset, held_out))
+    captions, wordings = list_captions(dataset)
+    others = [held_out.caption(i) for i in range(len(held_out))]
     tokenizer = run.tokenizer or (whole and whole.tokenizer) or run.make_tokenizer(captions)
     preset, config = run.preset, run.config
     captions, *words = encode_captions(tokenizer, captions, preset.text, device, others)
@@ -157,7 +158,8 @@ def train_diffusion(args: argparse.Namespace, preset: "Preset", device: torch.de
     real, rates = real_clips(dataset, captions, clips.tolist(), fps, prompts)
 
     def draw(step):
-        return pinned(draw_batch(args.seed, step, config, clips, fps, latents, schedule), device)
+        rows, *rest = draw_batch(args.seed, step, config, clips, fps, latents, schedule)
+        return pinned([reword(args.seed, step, rows, wordings), *rest], device)
 
     for step, batch in zip(run.steps(), prefetch(draw, range(run.start, config.steps), workers=1)):
         set_learning_rate(optimizers, step, config)
@@ -334,6 +336,22 @@ def draw_given_frames(rng, batch: int, frames: int, text_only: float) -> Tensor:
             tasks = {"first": 0, "first few": slice(count), "last few": slice(-count, None)}
             row[tasks.get(task, ends)] = True
     return torch.from_numpy(mask)
+
+
+def reword(seed: int, step: int, rows: Tensor, wordings: list[list[int]]) -> Tensor:
+    """Rows of captions (b,) -> for each, any caption of the same video; see `list_captions`."""
+    rng = np.random.default_rng((seed, step, 1))
+    return torch.tensor([i if i < 0 else int(rng.choice(wordings[i])) for i in rows.tolist()])
+
+
+def list_captions(dataset) -> tuple[list[str], list[list[int]]]:
+    """A caption of each video, then all others; and for each video the rows of its captions."""
+    of = [dataset.captions(i) for i in range(len(dataset))]
+    captions, wordings = [texts[0] for texts in of], []
+    for i, (_, *more) in enumerate(of):
+        wordings.append([i, *range(len(captions), len(captions) + len(more))])
+        captions += more
+    return captions, wordings
 
 
 def text_to_video_loss(
@@ -1181,7 +1199,7 @@ def check(args, preset, device):
         if wrong:
             raise UserError(message)
     if args.prompts is not None:
-        args.prompts = read_prompts(args.prompts)[:100]
+        args.prompts = read_prompts(args.prompts, 100)
 
 
 def memory_advice(args):

@@ -36,7 +36,7 @@ import shapes
 import tools
 import train
 import vae
-from data import VideoError, VideoFolder, to_model
+from data import VideoError, VideoFolder, to_model, write_video
 from diffusion import DiffusionConfig, NoiseSchedule, diffusion_loss
 from sample import load_pipeline
 from shapes import MovingShapes
@@ -576,6 +576,7 @@ REFUSED = {  # arguments after --out OUT, where lies a finished run: what the on
     "diffusion --out ELSEWHERE/new --vae OUT/log.jsonl": "is not a readable checkpoint",
     "diffusion --out ELSEWHERE/new --vae ELSEWHERE/gone.pt": "no checkpoint at",
     "diffusion --resume --prompts ELSEWHERE/empty.txt": "empty.txt: 0 sentences",
+    "diffusion --resume --prompts ELSEWHERE/many.txt": "many.txt: 101 sentences, of 1 to 100",
     "diffusion --resume --prompts ELSEWHERE/latin.txt": "latin.txt: 'utf-8' codec",
     "diffusion --resume --prompts ELSEWHERE": "Is a directory",
     "diffusion --resume --prompts ELSEWHERE/gone": "No such file",
@@ -630,6 +631,7 @@ def test_what_is_refused_is_one_line_and_changes_nothing(
         (tmp_path / name).mkdir()
     (tmp_path / "videos" / "a.avi").write_text("text")
     (tmp_path / "empty.txt").write_text(" \n\n")
+    (tmp_path / "many.txt").write_text("a cat runs\n" * 101)
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
     other = load(finished / "vae.pt")
     other["vae"]["state"]["latent_std"] *= 2
@@ -1787,3 +1789,16 @@ def test_the_command_line_replaces_the_preset_of_its_own_stage():
     with pytest.raises(SystemExit) as stop:
         train.parse_args(["--help"])
     assert stop.value.code == 0
+
+
+def test_every_wording_of_a_video_is_learned(tmp_path):
+    for name, text in {"a": "a dog runs\nthe dog is running", "b": "a cat sleeps"}.items():
+        write_video(tmp_path / f"{name}.gif", MovingShapes(1)[0].video, 8.0)
+        (tmp_path / f"{name}.txt").write_text(text)
+    captions, wordings = train.list_captions(VideoFolder(tmp_path))
+    assert sorted(captions) == ["a cat sleeps", "a dog runs", "the dog is running"]
+    assert {captions[i] for i in wordings[0]} == {"a dog runs", "the dog is running"}
+    drawn = [train.reword(0, step, torch.tensor([0, 1, -1]), wordings) for step in range(20)]
+    assert {row[0].item() for row in drawn} == set(wordings[0])
+    assert all(row[1:].tolist() == [1, -1] for row in drawn)
+    assert torch.equal(drawn[3], train.reword(0, 3, torch.tensor([0, 1, -1]), wordings))
