@@ -194,6 +194,39 @@ class Pipeline:
         return length, max(1, AT_ONCE // (length * math.prod(sides(self.size))))
 
 
+def load_pipeline(path=CHECKPOINT, device="cpu") -> Pipeline:
+    """Rebuild a Pipeline from a checkpoint alone. Raises UserError if it cannot be read."""
+    checkpoint = load_checkpoint(path, "tokenizer", "text_encoder", "unet", "vae", "diffusion")
+    vae = unpack(AutoencoderKL, VAEConfig, checkpoint["vae"])
+    try:
+        tokenizer = Tokenizer.from_state_dict(checkpoint["tokenizer"])
+        schedule = NoiseSchedule(read_config(DiffusionConfig, checkpoint["diffusion"]["config"]))
+        # Where older ones have the size of a frame, as that of its latents.
+        size = checkpoint["unet"]["config"].pop("latent_size", 8) * vae.config.factor
+        data = check_data({"size": size} | (checkpoint.get("data") or {}), vae.config.factor)
+    except Exception as error:  # damaged values fail in many ways
+        raise UserError(f"{path} is not a checkpoint of this program: {reason(error)}") from error
+    text_encoder = unpack(TextEncoder, TextEncoderConfig, checkpoint["text_encoder"])
+    if tokenizer.vocab_size > text_encoder.config.vocab_size:  # on a GPU the process would end
+        raise UserError(f"{path}: the tokenizer has more tokens than the text encoder knows")
+    unet = unpack(UNet3D, UNet3DConfig, checkpoint["unet"])
+    if (unet.config.channels, unet.config.text_width) != (
+            vae.config.latent_channels, text_encoder.config.width):
+        raise UserError(f"{path}: the UNet's channels or text_width are not those of its inputs")
+    return Pipeline(tokenizer, text_encoder, unet, vae, schedule, device, data)
+
+
+def check_data(data, factor):
+    """A checkpoint's "data" as in `Pipeline`; the sides of its size are multiples of `factor`.
+    Raises ValueError."""
+    (width, height), (low, high) = sides(data["size"]), data.get("fps", (FPS, FPS))
+    if not (fits((width, height), (1, 1), 4096) and width % factor == height % factor == 0
+            and fits(data.get("frames", FRAMES), FRAMES, 512) and 0.1 <= low <= high <= 1000
+            and all(isinstance(caption, str) for caption in data.get("captions", ()))):
+        raise ValueError("its size, frames, fps or captions of the training data cannot be")
+    return data | {"size": width if width == height else (width, height)}
+
+
 def stack_pictures(pictures, videos, frames, size):
     """The numbers of the given frames in order, and their pictures, uint8 (videos, len(pictures),
     h, w, 3), from `pictures` as in `Pipeline.generate`. ValueError if they do not fit."""
@@ -221,39 +254,6 @@ def seeded_noise(seed, count, shape, device):
         return torch.stack([torch.randn(shape, generator=g) for g in generators]).to(device)
 
     return noise
-
-
-def check_data(data, factor):
-    """A checkpoint's "data" as in `Pipeline`; the sides of its size are multiples of `factor`.
-    Raises ValueError."""
-    (width, height), (low, high) = sides(data["size"]), data.get("fps", (FPS, FPS))
-    if not (fits((width, height), (1, 1), 4096) and width % factor == height % factor == 0
-            and fits(data.get("frames", FRAMES), FRAMES, 512) and 0.1 <= low <= high <= 1000
-            and all(isinstance(caption, str) for caption in data.get("captions", ()))):
-        raise ValueError("its size, frames, fps or captions of the training data cannot be")
-    return data | {"size": width if width == height else (width, height)}
-
-
-def load_pipeline(path=CHECKPOINT, device="cpu") -> Pipeline:
-    """Rebuild a Pipeline from a checkpoint alone. Raises UserError if it cannot be read."""
-    checkpoint = load_checkpoint(path, "tokenizer", "text_encoder", "unet", "vae", "diffusion")
-    vae = unpack(AutoencoderKL, VAEConfig, checkpoint["vae"])
-    try:
-        tokenizer = Tokenizer.from_state_dict(checkpoint["tokenizer"])
-        schedule = NoiseSchedule(read_config(DiffusionConfig, checkpoint["diffusion"]["config"]))
-        # Where older ones have the size of a frame, as that of its latents.
-        size = checkpoint["unet"]["config"].pop("latent_size", 8) * vae.config.factor
-        data = check_data({"size": size} | (checkpoint.get("data") or {}), vae.config.factor)
-    except Exception as error:  # damaged values fail in many ways
-        raise UserError(f"{path} is not a checkpoint of this program: {reason(error)}") from error
-    text_encoder = unpack(TextEncoder, TextEncoderConfig, checkpoint["text_encoder"])
-    if tokenizer.vocab_size > text_encoder.config.vocab_size:  # on a GPU the process would end
-        raise UserError(f"{path}: the tokenizer has more tokens than the text encoder knows")
-    unet = unpack(UNet3D, UNet3DConfig, checkpoint["unet"])
-    if (unet.config.channels, unet.config.text_width) != (
-            vae.config.latent_channels, text_encoder.config.width):
-        raise UserError(f"{path}: the UNet's channels or text_width are not those of its inputs")
-    return Pipeline(tokenizer, text_encoder, unet, vae, schedule, device, data)
 
 
 # ------------------------------------------------------------------------------ pictures
@@ -375,19 +375,12 @@ def warnings_about(pipeline, args, stories, pictures):
 # ------------------------------------------------------------------------------ command line
 
 
-def existing(path):
-    """An argparse type: a file or a folder; pipes and the like would make the program wait."""
-    if not os.path.isfile(path) and not os.path.isdir(path):
-        raise argparse.ArgumentTypeError(f"{path}: no such file")
-    return path
-
-
 def parse_args(argv=None):
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("prompt", nargs="*", help="what should happen, in words; several are a story for --extend")
     add("--prompts", metavar="FILE", help="draw each line of a text file; or `captions`: those "
-        "that the model was trained on", type=lambda x: x if x == "captions" else existing(x))
+        "that the model was trained on")
     add("--words", action="store_true", help="list the words and captions that the model knows")
     add("--checkpoint", default=CHECKPOINT, help="a model.pt (the shipped one)")
     add("--device", default="auto", choices=DEVICES)
@@ -400,9 +393,9 @@ def parse_args(argv=None):
     add("--extend", type=number(int, 1, 1000), default=0, metavar="N", help="go on for N more "
         "chunks, each with its own prompt, or the last one")
     add = parser.add_argument_group("given frames").add_argument
-    add("--image", type=existing, metavar="FILE", help="a picture: the first frame")
-    add("--last-image", type=existing, metavar="FILE", help="a picture: the last frame")
-    add("--video", type=existing, metavar="FILE", help="a clip to go on from: its last frames")
+    add("--image", metavar="FILE", help="a picture: the first frame")
+    add("--last-image", metavar="FILE", help="a picture: the last frame")
+    add("--video", metavar="FILE", help="a clip to go on from: its last frames")
     add("--overlap", type=number(int, 1, 511), default=OVERLAP, metavar="N",
         help="frames to take over from --video, and from chunk to chunk (%(default)s)")
     add("--conditioning", choices=CONDITIONINGS, default="mask",
@@ -430,8 +423,12 @@ def parse_args(argv=None):
 
 
 def check_options(args):
-    """Raises UserError for options that do not go together, and for files that cannot be written,
-    as far as can be told without the checkpoint."""
+    """Raises UserError for files that cannot be read or written, and for options that do not go
+    together, as far as can be told without the checkpoint."""
+    prompts = None if args.prompts == "captions" else args.prompts
+    for path in (prompts, args.image, args.last_image, args.video):
+        if path is not None and not os.path.isfile(path) and not os.path.isdir(path):
+            raise UserError(f"{path!r}: no such file")  # or a pipe, which would make us wait
     out, suffix, more = f"--out {args.out}", args.out.suffix.lower(), len(args.prompt) - 1
     several = args.num > 1 or args.prompts is not None
     extras = list(filter(None, (args.attention, args.denoising)))
@@ -444,7 +441,7 @@ def check_options(args):
          f"{out} does not end in .{args.format}"),
         (args.image and args.video, "--image and --video both say how the video begins"),
         (args.last_image and args.extend, "--last-image says how the video ends, --extend goes on"),
-        (more > args.extend, f"{more + 1} prompts: put one in quotes, or add --extend {more}"),
+        (more > args.extend, f"{more + 1} prompts: put a sentence in quotes, or add --extend {more}"),
         (extras and (several or args.extend),
          "--attention and --denoising show one clip: no --num, --prompts or --extend"),
         *((path.suffix not in (".gif", ".png"), f"{path} does not end in .gif or .png")

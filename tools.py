@@ -74,6 +74,8 @@ class Stream:
         return len(text)
 
 
+SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP")
+           if hasattr(signal, name)]  # Windows has no SIGHUP
 interrupts = []  # signals that asked this program to end
 
 
@@ -87,8 +89,7 @@ def noted_signals():
     """A list that grows by the numbers of signals, instead of their usual effect: of Ctrl-C; of
     SIGTERM, with which torchrun and job schedulers end a process; and of SIGHUP, of a terminal that
     was closed. A second one ends the program at once."""
-    names = {"SIGINT", "SIGTERM", "SIGHUP"} & set(dir(signal))
-    handlers = {getattr(signal, n): signal.getsignal(getattr(signal, n)) for n in names}
+    handlers = {number: signal.getsignal(number) for number in SIGNALS}
     handlers = {n: old for n, old in handlers.items() if old != signal.SIG_IGN}  # as by nohup
     noted = []
 
@@ -120,9 +121,9 @@ def run_command(command: Callable):
     disk or memory, ends it with one line and exit status 2; Ctrl-C, SIGTERM and SIGHUP with status
     128 + the signal's number, after files that are not complete have been deleted."""
     interrupts.clear()
-    for name in {"SIGINT", "SIGTERM", "SIGHUP"} & set(dir(signal)):  # Windows has no SIGHUP
-        if signal.getsignal(getattr(signal, name)) != signal.SIG_IGN:  # as under nohup
-            signal.signal(getattr(signal, name), interrupt)
+    for number in SIGNALS:
+        if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
+            signal.signal(number, interrupt)
     out, err = Stream(sys.stdout), Stream(sys.stderr)
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
