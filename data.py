@@ -8,6 +8,7 @@ arrays of shape (f, h, w, 3); `to_model` and `to_uint8` convert to and from floa
 [-1, 1], which is what every network sees. No other range exists in the project.
 """
 
+import contextlib
 import copy
 import csv
 import functools
@@ -17,7 +18,6 @@ import itertools
 import json
 import os
 import re
-import struct
 import threading
 import warnings
 from collections import Counter, deque
@@ -31,7 +31,7 @@ from queue import SimpleQueue
 import numpy as np
 import torch
 from einops import rearrange
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, ImageSequence
 from torch import Tensor
 
 from tools import UserError, atomic_path, reason
@@ -178,6 +178,17 @@ class DataError(UserError):
     """This data set cannot be used; the message is one line that says what to do."""
 
 
+@contextlib.contextmanager
+def _reading():
+    """What fails here is a VideoError: damaged files fail in many ways."""
+    try:
+        yield
+    except (VideoError, MemoryError):
+        raise
+    except Exception as error:
+        raise VideoError(reason(error)) from error
+
+
 def read_frames(
     path: Path, pick: Callable, size: int | tuple | None, place: tuple = (0.5, 0.5)
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -191,21 +202,13 @@ def read_frames(
     off. place: where the part lies, as fractions of what is left over at the (top, left);
     (0.5, 0.5) is the centre. With a size of None the frames stay as they are.
     Returns the frames and their times (f,). Raises VideoError unless the file is a whole, readable
-    video; what `pick` raises passes through.
+    video.
     """
-    import av  # takes a while to import, and the built-in data does without
-
-    broken = (av.error.FFmpegError, Image.DecompressionBombError, OSError, ValueError, EOFError,
-              SyntaxError, ArithmeticError, LookupError, TypeError, struct.error)
     size = (size, size) if isinstance(size, int) else size
     read = _read_pictures if os.path.isdir(path) or _is_animation(path) else _read_file
-    try:
+    with _reading():
         frames, times = read(path, pick, size, place)
         return np.stack(frames), times
-    except VideoError:
-        raise
-    except broken as error:
-        raise VideoError(reason(error)) from error
 
 
 def _cover(width, height, size, count=1):
@@ -250,28 +253,27 @@ def _to_rgb(image):
 
 
 def _read_pictures(path, pick, size, place):
-    """The frames of a folder, or of an animated WebP, which ffmpeg does not read."""
+    """`read_frames` of a folder, or of an animated WebP, which ffmpeg does not read."""
     if os.path.isdir(path):
         names = [name for name in os.listdir(path) if _suffix(name) in IMAGES and name[0] != "."]
         if not names:
             raise VideoError("a folder without pictures")
-        # 2 before 10: every second part is a number.
-        names.sort(key=lambda name: [int(part) if i % 2 else part for i, part in
-                                     enumerate(re.split(r"([0-9]+)", name))])  # fmt: skip
+        # 2 before 10
+        names.sort(key=lambda name: (re.sub("[0-9]+", lambda n: n[0].zfill(20), name), name))
+        pictures = [(Path(path, name), 0) for name in names]
         times = np.arange(len(names)) / FOLDER_FPS
     else:
+        ends = [0]
         with _open_picture(path) as image:
-            durations = [0]
-            for i in range(image.n_frames):
-                image.seek(i)
-                image.load()
-                durations.append(image.info["duration"] / 1000)
-        times, names = np.cumsum(durations)[:-1], None
+            for frame in ImageSequence.Iterator(image):
+                frame.load()
+                ends.append(ends[-1] + frame.info["duration"] / 1000)
+        times = np.array(ends[:-1])
+        pictures = [(path, i) for i in range(len(times))]
     frames, index = [], pick(times)
-    for i in index:
-        with _open_picture(Path(path, names[i]) if names else path) as image:
-            if not names:
-                image.seek(i)
+    for name, number in [pictures[i] for i in index]:
+        with _open_picture(name) as image:
+            image.seek(number)
             image = _to_rgb(image)
             image = image.resize(_cover(*image.size, size, len(index)))
             frames.append(_cut(np.asarray(image), size, place))
@@ -279,6 +281,7 @@ def _read_pictures(path, pick, size, place):
 
 
 def _is_animation(path):
+    """Whether a file is a WebP whose header says that it moves."""
     if _suffix(path) != ".webp" or not os.path.isfile(path):
         return False
     with open(path, "rb") as file:
@@ -312,15 +315,15 @@ def _read_file(path, pick, size, place):
     if _breaks_off(path):
         raise VideoError("truncated: the end of it is missing")
     video = _Video(path)
-    for recount in (True, False):
+    while True:
         times = (video.times - video.times[0]) * video.unit
         index = pick(times)
         try:
             return [convert(frame) for frame in video.frames(index)], times[index]
         except (_Unexpected, av.error.InvalidDataError):
-            if not recount:
+            if video.counted:
                 raise
-            video.recount()
+            video.count()
 
 
 def _breaks_off(path):
@@ -329,21 +332,25 @@ def _breaks_off(path):
     total, position = os.path.getsize(path), 0
     with open(path, "rb") as file:
         while len(head := file.read(16)) == 16:
-            unknown, riff = 0, head[:4] == b"RIFF"
-            if riff:  # some programs count the first 8 bytes and some do not
-                size, length, unknown = 0, int.from_bytes(head[4:8], "little"), 2**32 - 1
+            before = after = 0  # bytes of the part that its length leaves out
+            if head[:4] == b"RIFF":
+                length = int.from_bytes(head[4:8], "little") % (2**32 - 1)
+                after = 8 + length % 2  # some programs count the first 8 bytes and some do not
             elif head[:4] in (b"\x1aE\xdf\xa3", b"\x18S\x80g"):  # EBML header, Segment
-                size = 13 - head[4].bit_length()  # of what precedes
-                unknown = 2 ** (7 * (size - 4)) - 1
-                length = int.from_bytes(head[4:size], "big") & unknown
+                before = 13 - head[4].bit_length()
+                unknown = 2 ** (7 * (before - 4)) - 1
+                length = (int.from_bytes(head[4:before], "big") & unknown) % unknown
             elif head[4:8] in (b"ftyp", b"free", b"mdat", b"moof", b"moov", b"wide"):
-                size, length = 0, int.from_bytes(head[:4], "big")
+                length = int.from_bytes(head[:4], "big")
                 length = int.from_bytes(head[8:], "big") if length == 1 else length
             else:
                 return False
-            if length in (0, unknown) or position + size + length > total:
-                return length not in (0, unknown)
-            position += size + length + (8 + length % 2) * riff
+            if length == 0:  # unknown: up to the end
+                return False
+            position += before + length
+            if position > total:
+                return True
+            position += after
             file.seek(position)
     return False
 
@@ -355,9 +362,9 @@ class _Unexpected(ValueError):
 class _Video:
     """The best video stream of a file.
 
-    times (n,): of its frames in the order of display, in units of `unit` seconds; sizes: of their
-    packets; keys: numbers of the key frames; exact: frames carry just these times, and may be
-    looked for; aspect: how much wider than high a pixel is.
+    times (n,): of its frames in the order of display, in units of `unit` seconds. They are those of
+    the packets and of the decoded frames alike, or else all frames were `counted`. keys: numbers of
+    frames at which decoding may begin; aspect: how much wider than high a pixel is.
     """
 
     def __init__(self, path):
@@ -372,10 +379,9 @@ class _Video:
                 # An empty packet is a repeated frame of an AVI, or the end; those before the start
                 # of an edited MP4 are not to be shown.
                 if packet.size and not packet.is_discard and packet.stream.index in packets:
-                    time = packet.dts if packet.pts is None else packet.pts
-                    packets[packet.stream.index].append(
-                        (time, packet.size, packet.is_keyframe, packet.pts is None)
-                    )
+                    told = packet.pts is not None
+                    time = packet.pts if told else packet.dts
+                    packets[packet.stream.index].append((time, packet.is_keyframe, told))
             most = max(map(len, packets.values()), default=0)
             if not most:
                 raise VideoError("there is no video in it")
@@ -387,24 +393,22 @@ class _Video:
                         Disposition.default in stream.disposition, stream.width * stream.height)
 
             self.number = max(packets, key=rank)
-            stream = container.streams[self.number]
-            times, sizes, keys, guessed = np.array(packets[self.number], float).T
-            order = np.argsort(times, kind="stable")
-            self.times, self.sizes = times[order], sizes[order]
-            rising = (np.diff(self.times) > 0).all()
-            # B-frames are shown in another order than they are stored in. Where the times do not
-            # say so they are those of storing, as always in AVI.
-            delayed = stream.codec_context.has_b_frames
-            avi = delayed and container.format.name == "avi"
-            stored = delayed and (np.diff(order) == 1).all()
-            self.exact = bool(rising and not guessed.any() and not avi and not stored)
-            self.keys = np.flatnonzero(keys[order]) if self.exact else np.array([], int)
+            stream, kind = container.streams[self.number], container.format.name
+            times, keys, told = np.array(packets[self.number], float).T
             self.unit = float(stream.time_base)
             self.interval = 1 / float(stream.average_rate or FOLDER_FPS) / self.unit
             aspect = float(stream.sample_aspect_ratio or 1)
             self.aspect = aspect if abs(aspect - 1) > 0.02 else 1  # nearly square is square
-            if not rising or avi:
-                self.times = np.arange(len(times)) * self.interval
+            # B-frames are shown in another order than they are stored in. Where the times do not
+            # say so they are those of storing, as always in AVI.
+            delayed = stream.codec_context.has_b_frames
+        order = np.argsort(times, kind="stable")
+        stored = delayed and (kind == "avi" or (np.diff(order) == 1).all())
+        self.times, self.counted = times[order], False
+        # After a seek, the packets of MPEG-PS have other times.
+        self.keys = np.flatnonzero(keys[order]) if kind != "mpeg" else np.array([], int)
+        if stored or not told.all() or not (np.diff(self.times) > 0).all():
+            self.count()
 
     def open(self):
         import av
@@ -424,62 +428,54 @@ class _Video:
             if key is not None:
                 container.seek(int(self.times[key]), stream=stream)
             for packet in container.demux(stream):
-                # A seek may end anywhere, and in MPEG-PS packets have other times after it.
-                if key is None or (packet.pts, packet.size) == (self.times[key], self.sizes[key]):
-                    key = None
-                    try:
-                        # Empty ones in the middle would be taken for the end.
-                        for frame in packet.decode() if packet.size or packet.dts is None else ():
-                            begun = True
+                try:
+                    # Empty ones in the middle would be taken for the end.
+                    for frame in packet.decode() if packet.size or packet.dts is None else ():
+                        begun = True
+                        # A seek may end anywhere.
+                        if key is None or frame.pts is None or frame.pts >= self.times[key]:
                             yield frame
-                    except av.error.InvalidDataError:
-                        if begun:  # before, frames may lack those that they build on
-                            raise
+                except av.error.InvalidDataError:
+                    if begun:  # before, frames may lack those that they build on
+                        raise
 
     def frames(self, index):
-        """The wanted frames. Raises _Unexpected where decoding gives other frames than expected,
-        and VideoError for a damaged one."""
+        """The wanted frames. Raises _Unexpected where decoding gives others than expected."""
         decoder, position = self.decode(), -1
         for i, wanted in enumerate([0, *index]):  # what was cut out may lack its first frames
-            near = self.keys[(self.keys > position + 1) & (self.keys <= wanted)]
-            for key in near[:-4:-1]:  # a seek may end too late: then from an earlier key frame on
+            key = max(self.keys[self.keys <= wanted], default=0)
+            if key > position + 1:
                 ahead = self.decode(key)
                 frame = next(ahead, None)
-                first = len(self.times) if frame is None else self.times.searchsorted(frame.pts)
-                if position < first <= wanted:
-                    decoder, position = itertools.chain([frame], ahead), first - 1
-                    break
+                if frame and frame.pts == self.times[key]:
+                    decoder, position = itertools.chain([frame], ahead), key - 1
+                else:  # it ended too late: decode all
+                    self.keys = self.keys[:0]
             while position < wanted:
                 frame, position = next(decoder, None), position + 1
-                if frame is None or self.exact and frame.pts != self.times[position]:
+                if frame is None or not self.counted and frame.pts != self.times[position]:
                     raise _Unexpected("its frames cannot be counted")
                 if frame.is_corrupt:
-                    raise (_Unexpected if self.exact else VideoError)("a frame in it is damaged")
+                    raise _Unexpected("a frame in it is damaged")
             if i:
                 yield frame
         if position == len(self.times) - 1 and next(decoder, None):
             raise _Unexpected("it holds more frames than it says")
 
-    def recount(self):
+    def count(self):
         """Correct `times` by decoding the whole file; frames are to be counted from now on."""
-        self.exact, self.keys = False, self.keys[:0]
-        found = np.array([frame.pts for frame in self.decode()], float)
-        if not len(found):
+        self.counted, self.keys = True, self.keys[:0]
+        times = np.array([frame.pts for frame in self.decode()], float)
+        if not len(times):
             raise VideoError("nothing in it can be decoded")
-        if len(found) != len(self.times):
-            rising = (np.diff(found) > 0).all()
-            self.times = found if rising else np.arange(len(found)) * self.interval
+        rising = (np.diff(times) > 0).all()
+        self.times = times if rising else np.arange(len(times)) * self.interval
 
 
 def read_image(path: Path, size: int) -> np.ndarray:
     """The middle of a picture file: uint8 (size, size, 3). Raises VideoError."""
-    try:
-        with _open_picture(path) as image:
-            return middle_square(np.asarray(_to_rgb(image)), size)
-    except VideoError:
-        raise
-    except Exception as error:  # damaged files fail in many ways
-        raise VideoError(reason(error)) from error
+    with _reading(), _open_picture(path) as image:
+        return middle_square(np.asarray(_to_rgb(image)), size)
 
 
 def middle_square(picture: np.ndarray, size: int) -> np.ndarray:
