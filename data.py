@@ -363,8 +363,9 @@ class _Video:
     """The best video stream of a file.
 
     times (n,): of its frames in the order of display, in units of `unit` seconds. They are those of
-    the packets and of the decoded frames alike, or else all frames were `counted`. keys: numbers of
-    frames at which decoding may begin; aspect: how much wider than high a pixel is.
+    the packets and of the decoded frames alike, or else all frames were `counted`. sizes: of the
+    packets; keys: numbers of frames at which decoding may begin; aspect: how much wider than high a
+    pixel is.
     """
 
     def __init__(self, path):
@@ -381,7 +382,8 @@ class _Video:
                 if packet.size and not packet.is_discard and packet.stream.index in packets:
                     told = packet.pts is not None
                     time = packet.pts if told else packet.dts
-                    packets[packet.stream.index].append((time, packet.is_keyframe, told))
+                    row = time, packet.size, packet.is_keyframe, told
+                    packets[packet.stream.index].append(row)
             most = max(map(len, packets.values()), default=0)
             if not most:
                 raise VideoError("there is no video in it")
@@ -394,7 +396,7 @@ class _Video:
 
             self.number = max(packets, key=rank)
             stream, kind = container.streams[self.number], container.format.name
-            times, keys, told = np.array(packets[self.number], float).T
+            times, sizes, keys, told = np.array(packets[self.number], float).T
             self.unit = float(stream.time_base)
             self.interval = 1 / float(stream.average_rate or FOLDER_FPS) / self.unit
             aspect = float(stream.sample_aspect_ratio or 1)
@@ -405,8 +407,7 @@ class _Video:
         order = np.argsort(times, kind="stable")
         stored = delayed and (kind == "avi" or (np.diff(order) == 1).all())
         self.times, self.counted = times[order], False
-        # After a seek, the packets of MPEG-PS have other times.
-        self.keys = np.flatnonzero(keys[order]) if kind != "mpeg" else np.array([], int)
+        self.sizes, self.keys = sizes[order], np.flatnonzero(keys[order])
         if stored or not told.all() or not (np.diff(self.times) > 0).all():
             self.count()
 
@@ -425,14 +426,17 @@ class _Video:
         with self.open() as container:
             stream, begun = container.streams[self.number], False
             stream.codec_context.options = {"max_pixels": FFMPEG["max_pixels"]}
+            packets = container.demux(stream)
             if key is not None:
                 container.seek(int(self.times[key]), stream=stream)
-            for packet in container.demux(stream):
+                # It may end anywhere, and in MPEG-PS packets have other times after it.
+                wanted = self.times[key], self.sizes[key]
+                packets = itertools.dropwhile(lambda p: (p.pts, p.size) != wanted, packets)
+            for packet in packets:
                 try:
                     # Empty ones in the middle would be taken for the end.
                     for frame in packet.decode() if packet.size or packet.dts is None else ():
                         begun = True
-                        # A seek may end anywhere.
                         if key is None or frame.pts is None or frame.pts >= self.times[key]:
                             yield frame
                 except av.error.InvalidDataError:
