@@ -490,57 +490,6 @@ def middle_square(picture: np.ndarray, size: int) -> np.ndarray:
     return np.asarray(ImageOps.fit(Image.fromarray(picture), (size, size), method))
 
 
-def prefetch(function: Callable, items: Iterable, workers: int | None = None) -> Iterator:
-    """Yields function(item) for each item in order, computed ahead by threads.
-
-    Threads are enough for videos: PyAV lets the others run while it decodes. workers: their number,
-    the processor's cores by default. What `function` raises is raised here. A thread that hangs, in
-    a read from a stalled disk, does not keep the program from ending.
-    """
-    workers, stopped = workers or min(os.cpu_count() or 1, 16), threading.Event()
-    waiting, ahead = SimpleQueue(), deque()
-
-    def work():
-        for future, item in iter(waiting.get, None):
-            try:
-                future.set_result(None if stopped.is_set() else function(item))
-            except BaseException as error:
-                future.set_exception(error)
-
-    threads = [threading.Thread(target=work, daemon=True) for _ in range(workers)]
-    for thread in threads:
-        thread.start()
-    try:
-        for item in items:
-            ahead.append(Future())
-            waiting.put((ahead[-1], item))
-            if len(ahead) > 2 * workers:
-                yield ahead.popleft().result()
-        while ahead:
-            yield ahead.popleft().result()
-    finally:
-        stopped.set()
-        for _ in threads:
-            waiting.put(None)
-        for thread in threads:  # most are done soon: none is to run while the program ends
-            thread.join(0.2)
-
-
-def read_ahead(
-    dataset, indices: Iterable[int], workers: int | None = None
-) -> Iterator[tuple[int, Sample | None]]:
-    """Yields (index, `Sample`) for each index in order; the sample is None for a video that cannot
-    be used, and `dataset.skipped` says why. Raises DataError where none is left."""
-
-    def read(index):
-        try:
-            return index, dataset[index]
-        except VideoError:
-            return index, None
-
-    return prefetch(read, indices, workers)
-
-
 # ------------------------------------------------------------------------------ captions
 
 TABLES = (".csv", ".json", ".jsonl", ".ndjson", ".tsv")
@@ -597,36 +546,30 @@ def _find(folder):
     if folder.absolute().name == "videos":  # their captions may lie beside it
         for name in CAPTION_FOLDERS:
             others += [f"../{name}/{other}" for other in _walk(folder.absolute().parent / name)[1]]
-    texts, tables, reasons = _texts(videos, others), {}, {}
+    texts, tables, unused = _texts(folder, videos, others), {}, {}
     for name in others:
         try:
-            if not (rows := list(_rows(folder, name, texts.get(name)))):
-                raise ValueError("it is empty")
-            tables[name] = rows
+            tables[name] = _rows(folder / name, texts.get(name))
         except (OSError, ValueError, RecursionError) as error:
-            reasons[name] = reason(error)
-    # A list of captions that could be used has used the list of videos beside it.
-    pairs = {os.path.dirname(name) for name in tables
-             if os.path.basename(name).lower() in CAPTION_LISTS}  # fmt: skip
-    others = [name for name in reasons if os.path.dirname(name) not in pairs
-              or os.path.basename(name) not in VIDEO_LISTS]  # fmt: skip
-    _check_unused(folder, videos, others, reasons, bool(tables))
+            unused[name] = reason(error)
+    _check_unused(folder, videos, unused, bool(tables))
     captions, missing = _merge(folder, tables)
     without = [video for video in videos if video not in captions]
-    if tables and set(tables) <= set(texts) and without:
-        raise DataError(f"{len(without)} of {len(videos)} videos in {folder} have no .txt file with"
-                        f" a caption beside them, such as {without[0]}")
-    if tables and not captions:
-        raise DataError(f"{folder}: none of the {len(missing)} files is there that {min(tables)} "
-                        f"names, such as {min(missing)}; paths start from the table or the folder")
-    if not captions and not videos:
+    if not captions and not videos and not tables:
         raise DataError(f"no videos in {folder}: it takes {', '.join(VIDEOS)} files, or folders of "
                         "frames")
     if not tables:
-        return [(v, _name_caption(v)) for v in videos], "names of folders and files", {}, [], others
-    source = ", ".join(sorted(set(tables) - set(texts))[:3]) or ".txt files"
+        items = [(video, _name_caption(video)) for video in videos]
+        return items, "names of folders and files", {}, [], [*unused]
+    if not captions:
+        raise DataError(f"{folder}: none of the {len(missing)} files is there that {min(tables)} "
+                        f"names, such as {min(missing)}; paths start from the table or the folder")
+    source = ", ".join(sorted(set(tables) - set(texts))[:3])
+    if without and not source:
+        raise DataError(f"{len(without)} of {len(videos)} videos in {folder} have no .txt file with"
+                        f" a caption beside them, such as {without[0]}")
     items = [(video, c[0] if len(c) == 1 else c) for video, c in captions.items()]
-    return items, source, missing, without, others
+    return items, source or ".txt files", missing, without, [*unused]
 
 
 def _walk(folder):
@@ -666,30 +609,33 @@ def words(name: str) -> str:
     return " ".join(re.split(r"[\s_-]+", name)).strip().lower()
 
 
+@functools.cache
+def _sentences():
+    return {name.lower(): sentence for name, sentence in UCF101.items()}
+
+
 def _name_caption(video):
+    """The caption that the name of a video or of its folder gives."""
     *folders, name = _stem(video).split("/")
     named = [folder for folder in folders if folder.lower() not in PLAIN_FOLDERS]
     flat = re.fullmatch(r"v_([A-Za-z]+)_g\d+_c\d+", name)
-    return _sentence(flat[1] if flat else [name, *named][-1])
+    name = flat[1] if flat else [name, *named][-1]
+    text = words(name).encode(errors="replace").decode()  # names need not be text
+    return _sentences().get(name.lower(), text or name)
 
 
-@functools.cache
-def _sentence(name):
-    known = {key.lower(): value for key, value in UCF101.items()}.get(name.lower())
-    return known or words(name).encode(errors="replace").decode() or name  # names need not be text
-
-
-def _texts(videos, others):
+def _texts(folder, videos, others):
     """{name of a .txt file: videos whose captions it holds}."""
-    available, found = {name[:-4]: name for name in others if _suffix(name) == ".txt"}, {}
+    def place(name):  # the same one for videos/a and labels/a
+        name = os.path.normpath(f"{folder.absolute().name}/{name}")
+        return re.sub(f"(^|/)({'|'.join(CAPTION_FOLDERS)})/", r"\1videos/", name)
+
+    places = {}
     for video in videos:
-        stem = _stem(video)
-        head, parallel, tail = f"/{stem}".rpartition("/videos/")
-        names = [stem, video, *(f"../{other}/{stem}" for other in CAPTION_FOLDERS)]
-        names += [f"{head}/{other}/{tail}"[1:] for other in CAPTION_FOLDERS if parallel]
-        for name in {available[name] for name in names if name in available}:
-            found.setdefault(name, []).append(video)
-    return found
+        for name in {_stem(video), video}:
+            places.setdefault(place(name), []).append(video)
+    texts = {name: places.get(place(name[:-4])) for name in others if _suffix(name) == ".txt"}
+    return {name: found for name, found in texts.items() if found}
 
 
 def _read_text(path):
@@ -704,29 +650,43 @@ def _read_text(path):
         raise ValueError("it is not UTF-8 text") from error
 
 
-def _rows(folder, name, videos):
-    """Yields (where, file, caption) of a file; `videos` are those that it lies beside. Raises
+def _rows(path, videos):
+    """[(where, file, caption), ...] of a file; `videos` are those that it lies beside. Raises
     ValueError where it does not hold captions."""
-    path, suffix = folder / name, _suffix(name)
-    partner = path.name.lower() in CAPTION_LISTS and next(
-        filter(os.path.isfile, map(path.with_name, VIDEO_LISTS)), None)  # fmt: skip
-    if videos or partner:
-        captions = _read_text(path).rstrip().split("\n")
-        files = [None] * len(captions) if videos else _read_text(partner).rstrip().split("\n")
+    pair = [next((p for p in map(path.with_name, names) if p.is_file()), None)
+            for names in (VIDEO_LISTS, CAPTION_LISTS)]  # fmt: skip
+    if videos:
+        rows = [(f"line {i}", video, line)
+                for i, line in enumerate(_read_text(path).split("\n"), 1) if line.strip()
+                for video in videos]  # fmt: skip
+    elif path in pair and all(pair):
+        files, captions = (_read_text(path).rstrip().split("\n") for path in pair)
         if len(files) != len(captions):
-            raise ValueError(f"it has {len(captions)} lines, and {partner.name} {len(files)}")
-        for i, (file, caption) in enumerate(zip(files, captions), 1):
-            for video in (videos if caption.strip() else []) if videos else [file]:
-                yield f"line {i}", video, caption
-        return
+            raise ValueError(f"{pair[1].name} has {len(captions)} lines, {pair[0].name} has "
+                             f"{len(files)}")
+        rows = [(f"line {i}", *row) for i, row in enumerate(zip(files, captions), 1)]
+    else:
+        rows = _read_table(path)
+        found = {column for _, row in rows for column in row}
+        if found and any(found.isdisjoint(names) for names in (FILE_COLUMNS, CAPTION_COLUMNS)):
+            raise ValueError(f"its columns are {', '.join(sorted(found)[:9])}")
+        rows = [(where, *(next((row[n] for n in names if n in row), None)
+                          for names in (FILE_COLUMNS, CAPTION_COLUMNS))) for where, row in rows]
+    if not rows:
+        raise ValueError("it is empty")
+    return rows
+
+
+def _read_table(path):
+    """[(where, {column: value}), ...] of a table, columns in small letters. Raises ValueError."""
+    suffix = _suffix(path)
     if suffix not in TABLES:
         raise ValueError("it is of another kind")
-    text, line, columns = _read_text(path), 0, {}
+    text, line, found = _read_text(path), 0, []
     if suffix in (".csv", ".tsv"):
-        line = 1
         delimiter = max(",;\t", key=text.split("\n", 1)[0].count)
-        rows = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True,
-                              skipinitialspace=True)  # fmt: skip
+        line, rows = 1, csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter,
+                                       strict=True, skipinitialspace=True)  # fmt: skip
     elif suffix == ".json":
         rows = json.loads(text)
         if isinstance(rows, dict) and any(_suffix(key) in VIDEOS for key in rows):
@@ -735,27 +695,25 @@ def _rows(folder, name, videos):
                     for key, row in rows.items()]  # fmt: skip
         rows = rows if isinstance(rows, list) else [rows]
     else:
-        rows = (json.loads(line) if line.strip() else None for line in text.split("\n"))
+        rows = (json.loads(line) if line.strip() else {} for line in text.split("\n"))
     try:
         for i, row in enumerate(rows, 1):
             line = getattr(rows, "line_num", i)
             where = f"{'entry' if suffix == '.json' else 'line'} {line}"
-            if row is None:
-                continue
             if not isinstance(row, dict):
-                raise ValueError(f'{where} is no {{"file": "...", "caption": "..."}}')
+                raise ValueError('no {"file": "...", "caption": "..."}')
             if None in row:
-                raise ValueError(f"{where} has too many columns; commas need quotation marks")
-            keys = {re.sub(r"[\s-]+", "_", str(key).strip().lower()): key for key in row}
-            for kind, names in (("file", FILE_COLUMNS), ("caption", CAPTION_COLUMNS)):
-                columns[kind] = next((keys[n] for n in names if n in keys), columns.get(kind))
-            if None in columns.values():
-                raise ValueError(f"its columns are {', '.join(map(str, row))}")
-            yield where, row.get(columns["file"]), row.get(columns["caption"])
+                raise ValueError("too many columns; commas need quotation marks")
+            if row:
+                found.append((where, {re.sub(r"[\s-]+", "_", key.strip().lower()): value
+                                      for key, value in row.items()}))  # fmt: skip
     except csv.Error as error:
         raise ValueError(f"line {line + 1}: {error}; a quotation mark is not closed?") from error
-    except (json.JSONDecodeError, RecursionError) as error:
+    except json.JSONDecodeError as error:
         raise ValueError(f"line {line + 1}: {error}") from error
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+    return found
 
 
 def _locate(folder, base, file):
@@ -776,22 +734,22 @@ def _merge(folder, tables):
     merged, missing, origin = {}, {}, {}
     for table, rows in tables.items():
         placed, base = {}, os.path.dirname(table)
-        for where, file, caption in rows:
-            captions = caption if isinstance(caption, list) and caption else [caption]
+        for where, file, captions in rows:
+            where = f"{folder / table}, {where}"
             if not isinstance(file, str) or not file.strip():
-                raise DataError(f"{folder / table}, {where}: no name of a file")
+                raise DataError(f"{where}: no name of a file")
             name = _locate(folder, base, file)
-            for text in captions:
+            if not name:
+                missing[file.strip()] = f"{table} names it, and it is not there"
+            for text in captions if isinstance(captions, list) and captions else [captions]:
                 if not isinstance(text, str) or NO_CAPTION.fullmatch(text):
-                    raise DataError(f"{folder / table}, {where}: no caption but {str(text)[:40]!r}")
+                    raise DataError(f"{where}: no caption but {str(text)[:40]!r}")
                 later = [re.split("[,;\t]", line)[0] for line in text.split("\n")[1:]]
                 if any(_locate(folder, base, line) for line in later):
-                    raise DataError(f"{folder / table}, {where}: a quotation mark is not closed")
+                    raise DataError(f"{where}: a quotation mark is not closed")
                 text = " ".join(text.encode(errors="replace").decode().split())
                 if name and text not in placed.setdefault(name, []):
                     placed[name].append(text)
-            if not name:
-                missing[file.strip()] = f"{table} names it, and it is not there"
         for name, captions in placed.items():
             if merged.setdefault(name, captions) != captions:
                 raise DataError(f"{folder}: {origin[name]} and {table} give {name} different "
@@ -800,46 +758,46 @@ def _merge(folder, tables):
     return merged, missing
 
 
-def _check_unused(folder, videos, others, reasons, explicit):
-    """Raises DataError where one of the other files looks like captions: with the wrong captions a
-    training is lost. explicit: there are captions besides."""
+def _check_unused(folder, videos, unused, explicit):
+    """Raises DataError where one of the unused files, {name: reason}, looks like captions: with the
+    wrong captions a training is lost. explicit: there are captions besides."""
     names = {os.path.basename(video) for video in videos}
     stems = {_stem(name).lower() for name in names}
-    for name in others:
+    for name, why in unused.items():
         stem, suffix = os.path.splitext(os.path.basename(name).lower())
-        listed = stem in CAPTION_NAMES and (suffix != ".txt" or stem + suffix in VIDEO_LISTS)
-        beside = stem in stems and (suffix == ".txt" or not explicit)
-        sheet = suffix in SPREADSHEETS and not explicit
-        if suffix in CAPTION_KINDS and (
-            listed or beside or sheet or re.search("caption|prompt", stem)
-            or _mentions(folder / name, names, stems)
-        ):
+        named = (
+            re.search("caption|prompt", stem)
+            or stem in CAPTION_NAMES and suffix != ".txt" or stem + suffix in VIDEO_LISTS
+            or stem in stems and (suffix == ".txt" or not explicit)
+            or suffix in SPREADSHEETS and not explicit
+        )
+        if suffix in CAPTION_KINDS and (named or _mentions(folder / name, names, stems)):
             raise DataError(
-                f"{folder / name} looks like captions and cannot be used ({reasons[name]}): "
-                f"captions are read from tables ({', '.join(TABLES)}) with the columns file and "
-                "caption, or from a .txt file beside each video; or take it out of the folder"
+                f"{folder / name} looks like captions and cannot be used ({why}): captions are "
+                f"read from tables ({', '.join(TABLES)}) with the columns file and caption, or "
+                "from a .txt file beside each video; or take it out of the folder"
             )
 
 
 def _mentions(path, names, stems):
-    """Whether a text names videos and says more about them than numbers."""
+    """Whether a text names videos and says more about them than numbers: one by the name of its
+    file, or in most lines one without its suffix."""
     if not os.path.isfile(path):
         return False
     with open(path, "rb") as file:
-        lines = file.read(2**20).decode(errors="replace").replace("\0", "").splitlines()
-    begun, lines = 0, [line for line in lines if line.strip()]
+        text = file.read(2**20).decode(errors="replace").replace("\0", "")
+    lines, begun = [line for line in text.splitlines() if line.strip()], 0
     for line in lines:
-        cells = re.split(r"""[,;\t|:"]""", line)
-        tokens = [part for part in re.split(r"""[\s,;:"'|{}\[\]()]+""", line) if part]
-        named = {part for part in (*cells, *tokens)
-                 if re.split(r"[\\/]", part.strip())[-1] in names
+        tokens = re.findall(r"""[^\s,;:"'|{}\[\]()]+""", line)
+        parts = {*tokens, *re.split(r"""[,;\t|:"]""", line)}
+        named = {part for part in parts if re.split(r"[\\/]", part.strip())[-1] in names
                  or _suffix(path) in TABLES and part.strip().lower() in stems}  # fmt: skip
         for part in named:
             line = line.replace(part, "")
-        about = re.search(r"[^\W\d_]{2}", line) is not None  # a word
-        if named and about:
-            return True
-        begun += about and tokens != [] and tokens[0].lower() in stems
+        if re.search(r"[^\W\d_]{2}", line):  # a word
+            if named:
+                return True
+            begun += tokens[0].lower() in stems if tokens else 0
     return 2 * begun > len(lines)
 
 
@@ -849,17 +807,16 @@ def read_split(folder: Path, split: str) -> set[str]:
     The lists lie in the folder, or in `ucfTrainTestlist` inside or beside it. Raises DataError."""
     if not re.fullmatch(r"(train|test)0[123]", split):
         raise DataError(f"unknown split {split!r}: choose train01 to train03 or test01 to test03")
-    name = f"{split[:-2]}list{split[-2:]}.txt"
-    lists = "ucfTrainTestlist"
-    folder = Path(folder).absolute()
-    for place in (folder, folder / lists, folder.parent / lists):
-        if (place / name).exists():
-            try:
-                lines = _read_text(place / name).splitlines()
-            except (OSError, ValueError) as error:
-                raise DataError(f"{place / name} cannot be read: {reason(error)}") from error
-            return {Path(line.split()[0]).name for line in lines if line.strip()}
-    raise DataError(f"no {name} for --split {split}: put it into {folder / lists}")
+    name, folder = f"{split[:-2]}list{split[-2:]}.txt", Path(folder).absolute()
+    inside, beside = folder / "ucfTrainTestlist", folder.parent / "ucfTrainTestlist"
+    path = next((p / name for p in (folder, inside, beside) if (p / name).exists()), None)
+    if path is None:
+        raise DataError(f"no {name} for --split {split}: put it into {inside}")
+    try:
+        lines = _read_text(path).splitlines()
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} cannot be read: {reason(error)}") from error
+    return {Path(line.split()[0]).name for line in lines if line.strip()}
 
 
 # ------------------------------------------------------------------------------ VideoFolder
@@ -947,10 +904,9 @@ class VideoFolder:
 
     def summary(self) -> list[str]:
         """Lines that tell what will be learned, and warn of what cannot be."""
-        count = Counter(text for i in range(len(self)) for text in self.captions(i))
-        tokens = [(n, word) for text, n in count.items() for word in set(text.lower().split())]
-        spread = Counter(word for _, word in tokens)
-        rare = sum(n == spread[word] == 1 for n, word in tokens)
+        captions = [self.captions(i) for i in range(len(self))]
+        count = Counter(itertools.chain(*captions))
+        spread = Counter(word for c in captions for word in set(" ".join(c).lower().split()))
         lines = [f"{len(self)} videos, {len(count)} different captions from {self.source}"]
         lines += [f'{n} x "{text}"' for text, n in count.most_common(3)]
         for names, what in ((self.left_out, "videos without a caption are left out"),
@@ -960,7 +916,7 @@ class VideoFolder:
                 lines.append(f"{len(names)} {what}, such as {min(names)}")
         if len(count) == 1 and len(self) > 1:
             lines.append("warning: all captions are the same, so that no text can be learned")
-        elif 2 * rare >= sum(n for n, _ in tokens):
+        elif 2 * list(spread.values()).count(1) >= spread.total():
             lines.append("warning: most words belong to one video only, so that what they mean "
                          "cannot be learned")
         return lines
@@ -1010,14 +966,65 @@ def _fingerprint(path):
             return [(name, _fingerprint(path / name)) for name in names]
         if not os.path.isfile(path):
             return None
-        size, digest = os.path.getsize(path), hashlib.sha256()
+        size, content = os.path.getsize(path), b""
         with open(path, "rb") as file:
             for position in (0, size // 2, max(size - 4096, 0)):
                 file.seek(position)
-                digest.update(file.read(4096))
-        return size, digest.hexdigest()
+                content += file.read(4096)
+        return size, hashlib.sha256(content).hexdigest()
     except OSError:
         return None
+
+
+def prefetch(function: Callable, items: Iterable, workers: int | None = None) -> Iterator:
+    """Yields function(item) for each item in order, computed ahead by threads.
+
+    Threads are enough for videos: PyAV lets the others run while it decodes. workers: their number,
+    the processor's cores by default. What `function` raises is raised here. A thread that hangs, in
+    a read from a stalled disk, does not keep the program from ending.
+    """
+    workers, stopped = workers or min(os.cpu_count() or 1, 16), threading.Event()
+    waiting, ahead = SimpleQueue(), deque()
+
+    def work():
+        for future, item in iter(waiting.get, None):
+            try:
+                future.set_result(None if stopped.is_set() else function(item))
+            except BaseException as error:
+                future.set_exception(error)
+
+    threads = [threading.Thread(target=work, daemon=True) for _ in range(workers)]
+    for thread in threads:
+        thread.start()
+    try:
+        for item in items:
+            ahead.append(Future())
+            waiting.put((ahead[-1], item))
+            if len(ahead) > 2 * workers:
+                yield ahead.popleft().result()
+        while ahead:
+            yield ahead.popleft().result()
+    finally:
+        stopped.set()
+        for _ in threads:
+            waiting.put(None)
+        for thread in threads:  # most are done soon: none is to run while the program ends
+            thread.join(0.2)
+
+
+def read_ahead(
+    dataset, indices: Iterable[int], workers: int | None = None
+) -> Iterator[tuple[int, Sample | None]]:
+    """Yields (index, `Sample`) for each index in order; the sample is None for a video that cannot
+    be used, and `dataset.skipped` says why. Raises DataError where none is left."""
+
+    def read(index):
+        try:
+            return index, dataset[index]
+        except VideoError:
+            return index, None
+
+    return prefetch(read, indices, workers)
 
 
 # ---------------------------------------------------------------------- the classes of UCF-101
