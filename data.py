@@ -8,6 +8,7 @@ arrays of shape (f, h, w, 3); `to_model` and `to_uint8` convert to and from floa
 [-1, 1], which is what every network sees. No other range exists in the project.
 """
 
+import contextlib
 import copy
 import csv
 import functools
@@ -18,7 +19,6 @@ import json
 import math
 import os
 import re
-import struct
 import threading
 import warnings
 from collections import Counter, deque
@@ -32,7 +32,7 @@ from queue import SimpleQueue
 import numpy as np
 import torch
 from einops import rearrange
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFont, ImageOps, ImageSequence
 from torch import Tensor
 
 from tools import UserError, atomic_path, reason
@@ -222,6 +222,17 @@ class DataError(UserError):
     """This data set cannot be used; the message is one line that says what to do."""
 
 
+@contextlib.contextmanager
+def _reading():
+    """What fails here is a VideoError: damaged files fail in many ways."""
+    try:
+        yield
+    except (VideoError, MemoryError):
+        raise
+    except Exception as error:
+        raise VideoError(reason(error)) from error
+
+
 def read_frames(
     path: Path, pick: Callable, size: int | tuple | None, place: tuple = (0.5, 0.5)
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -235,21 +246,13 @@ def read_frames(
     off. place: where the part lies, as fractions of what is left over at the (top, left);
     (0.5, 0.5) is the centre. With a size of None the frames stay as they are.
     Returns the frames and their times (f,). Raises VideoError unless the file is a whole, readable
-    video; what `pick` raises passes through.
+    video.
     """
-    import av  # takes a while to import, and the built-in data does without
-
-    broken = (av.error.FFmpegError, Image.DecompressionBombError, OSError, ValueError, EOFError,
-              SyntaxError, ArithmeticError, LookupError, TypeError, struct.error)
     size = size and sides(size)
     read = _read_pictures if os.path.isdir(path) or _is_animation(path) else _read_file
-    try:
+    with _reading():
         frames, times = read(path, pick, size, place)
         return np.stack(frames), times
-    except VideoError:
-        raise
-    except broken as error:
-        raise VideoError(reason(error)) from error
 
 
 def _cover(width, height, size, count=1):
@@ -294,28 +297,27 @@ def _to_rgb(image):
 
 
 def _read_pictures(path, pick, size, place):
-    """The frames of a folder, or of an animated WebP, which ffmpeg does not read."""
+    """`read_frames` of a folder, or of an animated WebP, which ffmpeg does not read."""
     if os.path.isdir(path):
         names = [name for name in os.listdir(path) if _suffix(name) in IMAGES and name[0] != "."]
         if not names:
             raise VideoError("a folder without pictures")
-        # 2 before 10: every second part is a number.
-        names.sort(key=lambda name: [int(part) if i % 2 else part for i, part in
-                                     enumerate(re.split(r"([0-9]+)", name))])  # fmt: skip
+        # 2 before 10
+        names.sort(key=lambda name: (re.sub("[0-9]+", lambda n: n[0].zfill(20), name), name))
+        pictures = [(Path(path, name), 0) for name in names]
         times = np.arange(len(names)) / FOLDER_FPS
     else:
+        ends = [0]
         with _open_picture(path) as image:
-            durations = [0]
-            for i in range(image.n_frames):
-                image.seek(i)
-                image.load()
-                durations.append((image.info["duration"] or 100) / 1000)  # as browsers take 0
-        times, names = np.cumsum(durations)[:-1], None
+            for frame in ImageSequence.Iterator(image):
+                frame.load()
+                ends.append(ends[-1] + (frame.info["duration"] or 100) / 1000)  # as browsers do
+        times = np.array(ends[:-1])
+        pictures = [(path, i) for i in range(len(times))]
     frames, index = [], pick(times)
-    for i in index:
-        with _open_picture(Path(path, names[i]) if names else path) as image:
-            if not names:
-                image.seek(i)
+    for name, number in [pictures[i] for i in index]:
+        with _open_picture(name) as image:
+            image.seek(number)
             image = _to_rgb(image)
             image = image.resize(_cover(*image.size, size, len(index)))
             frames.append(_cut(np.asarray(image), size, place))
@@ -323,6 +325,7 @@ def _read_pictures(path, pick, size, place):
 
 
 def _is_animation(path):
+    """Whether a file is a WebP whose header says that it moves."""
     if _suffix(path) != ".webp" or not os.path.isfile(path):
         return False
     with open(path, "rb") as file:
@@ -356,15 +359,15 @@ def _read_file(path, pick, size, place):
     if _breaks_off(path):
         raise VideoError("truncated: the end of it is missing")
     video = _Video(path)
-    for recount in (True, False):
+    while True:
         times = (video.times - video.times[0]) * video.unit
         index = pick(times)
         try:
             return [convert(frame) for frame in video.frames(index)], times[index]
         except (_Unexpected, av.error.InvalidDataError):
-            if not recount:
+            if video.counted:
                 raise
-            video.recount()
+            video.count()
 
 
 def _breaks_off(path):
@@ -373,21 +376,25 @@ def _breaks_off(path):
     total, position = os.path.getsize(path), 0
     with open(path, "rb") as file:
         while len(head := file.read(16)) == 16:
-            unknown, riff = 0, head[:4] == b"RIFF"
-            if riff:  # some programs count the first 8 bytes and some do not
-                size, length, unknown = 0, int.from_bytes(head[4:8], "little"), 2**32 - 1
+            before = after = 0  # bytes of the part that its length leaves out
+            if head[:4] == b"RIFF":
+                length = int.from_bytes(head[4:8], "little") % (2**32 - 1)
+                after = 8 + length % 2  # some programs count the first 8 bytes and some do not
             elif head[:4] in (b"\x1aE\xdf\xa3", b"\x18S\x80g"):  # EBML header, Segment
-                size = 13 - head[4].bit_length()  # of what precedes
-                unknown = 2 ** (7 * (size - 4)) - 1
-                length = int.from_bytes(head[4:size], "big") & unknown
+                before = 13 - head[4].bit_length()
+                unknown = 2 ** (7 * (before - 4)) - 1
+                length = (int.from_bytes(head[4:before], "big") & unknown) % unknown
             elif head[4:8] in (b"ftyp", b"free", b"mdat", b"moof", b"moov", b"wide"):
-                size, length = 0, int.from_bytes(head[:4], "big")
+                length = int.from_bytes(head[:4], "big")
                 length = int.from_bytes(head[8:], "big") if length == 1 else length
             else:
                 return False
-            if length in (0, unknown) or position + size + length > total:
-                return length not in (0, unknown)
-            position += size + length + (8 + length % 2) * riff
+            if length == 0:  # unknown: up to the end
+                return False
+            position += before + length
+            if position > total:
+                return True
+            position += after
             file.seek(position)
     return False
 
@@ -399,9 +406,10 @@ class _Unexpected(ValueError):
 class _Video:
     """The best video stream of a file.
 
-    times (n,): of its frames in the order of display, in units of `unit` seconds; sizes: of their
-    packets; keys: numbers of the key frames; exact: frames carry just these times, and may be
-    looked for; aspect: how much wider than high a pixel is.
+    times (n,): of its frames in the order of display, in units of `unit` seconds. They are those of
+    the packets and of the decoded frames alike, or else all frames were `counted`. sizes: of the
+    packets; keys: numbers of frames at which decoding may begin; aspect: how much wider than high a
+    pixel is.
     """
 
     def __init__(self, path):
@@ -416,10 +424,10 @@ class _Video:
                 # An empty packet is a repeated frame of an AVI, or the end; those before the start
                 # of an edited MP4 are not to be shown.
                 if packet.size and not packet.is_discard and packet.stream.index in packets:
-                    time = packet.dts if packet.pts is None else packet.pts
-                    packets[packet.stream.index].append(
-                        (time, packet.size, packet.is_keyframe, packet.pts is None)
-                    )
+                    told = packet.pts is not None
+                    time = packet.pts if told else packet.dts
+                    row = time, packet.size, packet.is_keyframe, told
+                    packets[packet.stream.index].append(row)
             most = max(map(len, packets.values()), default=0)
             if not most:
                 raise VideoError("there is no video in it")
@@ -431,24 +439,21 @@ class _Video:
                         Disposition.default in stream.disposition, stream.width * stream.height)
 
             self.number = max(packets, key=rank)
-            stream = container.streams[self.number]
-            times, sizes, keys, guessed = np.array(packets[self.number], float).T
-            order = np.argsort(times, kind="stable")
-            self.times, self.sizes = times[order], sizes[order]
-            rising = (np.diff(self.times) > 0).all()
-            # B-frames are shown in another order than they are stored in. Where the times do not
-            # say so they are those of storing, as always in AVI.
-            delayed = stream.codec_context.has_b_frames
-            avi = delayed and container.format.name == "avi"
-            stored = delayed and (np.diff(order) == 1).all()
-            self.exact = bool(rising and not guessed.any() and not avi and not stored)
-            self.keys = np.flatnonzero(keys[order]) if self.exact else np.array([], int)
+            stream, kind = container.streams[self.number], container.format.name
+            times, sizes, keys, told = np.array(packets[self.number], float).T
             self.unit = float(stream.time_base)
             self.interval = 1 / float(stream.average_rate or FOLDER_FPS) / self.unit
             aspect = float(stream.sample_aspect_ratio or 1)
             self.aspect = aspect if abs(aspect - 1) > 0.02 else 1  # nearly square is square
-            if not rising or avi:
-                self.times = np.arange(len(times)) * self.interval
+            # B-frames are shown in another order than they are stored in. Where the times do not
+            # say so they are those of storing, as always in AVI.
+            delayed = stream.codec_context.has_b_frames
+        order = np.argsort(times, kind="stable")
+        stored = delayed and (kind == "avi" or (np.diff(order) == 1).all())
+        self.times, self.counted = times[order], False
+        self.sizes, self.keys = sizes[order], np.flatnonzero(keys[order])
+        if stored or not told.all() or not (np.diff(self.times) > 0).all():
+            self.count()
 
     def open(self):
         import av
@@ -465,65 +470,60 @@ class _Video:
         with self.open() as container:
             stream, begun = container.streams[self.number], False
             stream.codec_context.options = {"max_pixels": FFMPEG["max_pixels"]}
+            packets = container.demux(stream)
             if key is not None:
                 container.seek(int(self.times[key]), stream=stream)
-            for packet in container.demux(stream):
-                # A seek may end anywhere, and in MPEG-PS packets have other times after it.
-                if key is None or (packet.pts, packet.size) == (self.times[key], self.sizes[key]):
-                    key = None
-                    try:
-                        # Empty ones in the middle would be taken for the end.
-                        for frame in packet.decode() if packet.size or packet.dts is None else ():
-                            begun = True
+                # It may end anywhere, and in MPEG-PS packets have other times after it.
+                wanted = self.times[key], self.sizes[key]
+                packets = itertools.dropwhile(lambda p: (p.pts, p.size) != wanted, packets)
+            for packet in packets:
+                try:
+                    # Empty ones in the middle would be taken for the end.
+                    for frame in packet.decode() if packet.size or packet.dts is None else ():
+                        begun = True
+                        if key is None or frame.pts is None or frame.pts >= self.times[key]:
                             yield frame
-                    except av.error.InvalidDataError:
-                        if begun:  # before, frames may lack those that they build on
-                            raise
+                except av.error.InvalidDataError:
+                    if begun:  # before, frames may lack those that they build on
+                        raise
 
     def frames(self, index):
-        """The wanted frames. Raises _Unexpected where decoding gives other frames than expected,
-        and VideoError for a damaged one."""
+        """The wanted frames. Raises _Unexpected where decoding gives others than expected."""
         decoder, position = self.decode(), -1
         for i, wanted in enumerate([0, *index]):  # what was cut out may lack its first frames
-            near = self.keys[(self.keys > position + 1) & (self.keys <= wanted)]
-            for key in near[:-4:-1]:  # a seek may end too late: then from an earlier key frame on
+            key = max(self.keys[self.keys <= wanted], default=0)
+            if key > position + 1:
                 ahead = self.decode(key)
                 frame = next(ahead, None)
-                first = len(self.times) if frame is None else self.times.searchsorted(frame.pts)
-                if position < first <= wanted:
-                    decoder, position = itertools.chain([frame], ahead), first - 1
-                    break
+                if frame and frame.pts == self.times[key]:
+                    decoder, position = itertools.chain([frame], ahead), key - 1
+                else:  # it ended too late: decode all
+                    self.keys = self.keys[:0]
             while position < wanted:
                 frame, position = next(decoder, None), position + 1
-                if frame is None or self.exact and frame.pts != self.times[position]:
+                if frame is None or not self.counted and frame.pts != self.times[position]:
                     raise _Unexpected("its frames cannot be counted")
                 if frame.is_corrupt:
-                    raise (_Unexpected if self.exact else VideoError)("a frame in it is damaged")
+                    raise _Unexpected("a frame in it is damaged")
             if i:
                 yield frame
         if position == len(self.times) - 1 and next(decoder, None):
             raise _Unexpected("it holds more frames than it says")
 
-    def recount(self):
+    def count(self):
         """Correct `times` by decoding the whole file; frames are to be counted from now on."""
-        self.exact, self.keys = False, self.keys[:0]
-        found = np.array([frame.pts for frame in self.decode()], float)
-        if not len(found):
+        self.counted, self.keys = True, self.keys[:0]
+        times = np.array([frame.pts for frame in self.decode()], float)
+        if not len(times):
             raise VideoError("nothing in it can be decoded")
-        if len(found) != len(self.times):
-            rising = (np.diff(found) > 0).all()
-            self.times = found if rising else np.arange(len(found)) * self.interval
+        rising = (np.diff(times) > 0).all()
+        self.times = times if rising else np.arange(len(times)) * self.interval
 
 
 def read_image(path: Path, size: int | tuple) -> np.ndarray:
     """The middle of a picture file, as from `middle_part`. Raises VideoError."""
-    try:
-        with _open_picture(path) as image:
-            return middle_part(np.asarray(_to_rgb(image)), size)
-    except VideoError:
-        raise
-    except Exception as error:  # damaged files fail in many ways
-        raise VideoError(reason(error)) from error
+    with _reading(), _open_picture(path) as image:
+        return middle_part(np.asarray(_to_rgb(image)), size)
 
 
 def middle_part(picture: np.ndarray, size: int | tuple) -> np.ndarray:
@@ -533,57 +533,6 @@ def middle_part(picture: np.ndarray, size: int | tuple) -> np.ndarray:
     whole = min(picture.shape[0] / height, picture.shape[1] / width) % 1 == 0
     method = Image.Resampling.BOX if whole else Image.Resampling.BICUBIC
     return np.asarray(ImageOps.fit(Image.fromarray(picture), (width, height), method))
-
-
-def prefetch(function: Callable, items: Iterable, workers: int | None = None) -> Iterator:
-    """Yields function(item) for each item in order, computed ahead by threads.
-
-    Threads are enough for videos: PyAV lets the others run while it decodes. workers: their number,
-    the processor's cores by default. What `function` raises is raised here. A thread that hangs, in
-    a read from a stalled disk, does not keep the program from ending.
-    """
-    workers, stopped = workers or min(os.cpu_count() or 1, 16), threading.Event()
-    waiting, ahead = SimpleQueue(), deque()
-
-    def work():
-        for future, item in iter(waiting.get, None):
-            try:
-                future.set_result(None if stopped.is_set() else function(item))
-            except BaseException as error:
-                future.set_exception(error)
-
-    threads = [threading.Thread(target=work, daemon=True) for _ in range(workers)]
-    for thread in threads:
-        thread.start()
-    try:
-        for item in items:
-            ahead.append(Future())
-            waiting.put((ahead[-1], item))
-            if len(ahead) > 2 * workers:
-                yield ahead.popleft().result()
-        while ahead:
-            yield ahead.popleft().result()
-    finally:
-        stopped.set()
-        for _ in threads:
-            waiting.put(None)
-        for thread in threads:  # most are done soon: none is to run while the program ends
-            thread.join(0.2)
-
-
-def read_ahead(
-    dataset, indices: Iterable[int], workers: int | None = None
-) -> Iterator[tuple[int, Sample | None]]:
-    """Yields (index, `Sample`) for each index in order; the sample is None for a video that cannot
-    be used, and `dataset.skipped` says why. Raises DataError where none is left."""
-
-    def read(index):
-        try:
-            return index, dataset[index]
-        except VideoError:
-            return index, None
-
-    return prefetch(read, indices, workers)
 
 
 # ------------------------------------------------------------------------------ captions
@@ -642,36 +591,30 @@ def _find(folder):
     if folder.absolute().name == "videos":  # their captions may lie beside it
         for name in CAPTION_FOLDERS:
             others += [f"../{name}/{other}" for other in _walk(folder.absolute().parent / name)[1]]
-    texts, tables, reasons = _texts(videos, others), {}, {}
+    texts, tables, unused = _texts(folder, videos, others), {}, {}
     for name in others:
         try:
-            if not (rows := list(_rows(folder, name, texts.get(name)))):
-                raise ValueError("it is empty")
-            tables[name] = rows
+            tables[name] = _rows(folder / name, texts.get(name))
         except (OSError, ValueError, RecursionError) as error:
-            reasons[name] = reason(error)
-    # A list of captions that could be used has used the list of videos beside it.
-    pairs = {os.path.dirname(name) for name in tables
-             if os.path.basename(name).lower() in CAPTION_LISTS}  # fmt: skip
-    others = [name for name in reasons if os.path.dirname(name) not in pairs
-              or os.path.basename(name) not in VIDEO_LISTS]  # fmt: skip
-    _check_unused(folder, videos, others, reasons, bool(tables))
+            unused[name] = reason(error)
+    _check_unused(folder, videos, unused, bool(tables))
     captions, missing = _merge(folder, tables)
     without = [video for video in videos if video not in captions]
-    if tables and set(tables) <= set(texts) and without:
-        raise DataError(f"{len(without)} of {len(videos)} videos in {folder} have no .txt file with"
-                        f" a caption beside them, such as {without[0]}")
-    if tables and not captions:
-        raise DataError(f"{folder}: none of the {len(missing)} files is there that {min(tables)} "
-                        f"names, such as {min(missing)}; paths start from the table or the folder")
-    if not captions and not videos:
+    if not captions and not videos and not tables:
         raise DataError(f"no videos in {folder}: it takes {', '.join(VIDEOS)} files, or folders of "
                         "frames")
     if not tables:
-        return [(v, _name_caption(v)) for v in videos], "names of folders and files", {}, [], others
-    source = ", ".join(sorted(set(tables) - set(texts))[:3]) or ".txt files"
+        items = [(video, _name_caption(video)) for video in videos]
+        return items, "names of folders and files", {}, [], [*unused]
+    if not captions:
+        raise DataError(f"{folder}: none of the {len(missing)} files is there that {min(tables)} "
+                        f"names, such as {min(missing)}; paths start from the table or the folder")
+    source = ", ".join(sorted(set(tables) - set(texts))[:3])
+    if without and not source:
+        raise DataError(f"{len(without)} of {len(videos)} videos in {folder} have no .txt file with"
+                        f" a caption beside them, such as {without[0]}")
     items = [(video, c[0] if len(c) == 1 else c) for video, c in captions.items()]
-    return items, source, missing, without, others
+    return items, source or ".txt files", missing, without, [*unused]
 
 
 def _walk(folder):
@@ -711,30 +654,33 @@ def words(name: str) -> str:
     return " ".join(re.split(r"[\s_-]+", name)).strip().lower()
 
 
+@functools.cache
+def _sentences():
+    return {name.lower(): sentence for name, sentence in UCF101.items()}
+
+
 def _name_caption(video):
+    """The caption that the name of a video or of its folder gives."""
     *folders, name = _stem(video).split("/")
     named = [folder for folder in folders if folder.lower() not in PLAIN_FOLDERS]
     flat = re.fullmatch(r"v_([A-Za-z]+)_g\d+_c\d+", name)
-    return _sentence(flat[1] if flat else [name, *named][-1])
+    name = flat[1] if flat else [name, *named][-1]
+    text = words(name).encode(errors="replace").decode()  # names need not be text
+    return _sentences().get(name.lower(), text or name)
 
 
-@functools.cache
-def _sentence(name):
-    known = {key.lower(): value for key, value in UCF101.items()}.get(name.lower())
-    return known or words(name).encode(errors="replace").decode() or name  # names need not be text
-
-
-def _texts(videos, others):
+def _texts(folder, videos, others):
     """{name of a .txt file: videos whose captions it holds}."""
-    available, found = {name[:-4]: name for name in others if _suffix(name) == ".txt"}, {}
+    def place(name):  # the same one for videos/a and labels/a
+        name = os.path.normpath(f"{folder.absolute().name}/{name}")
+        return re.sub(f"(^|/)({'|'.join(CAPTION_FOLDERS)})/", r"\1videos/", name)
+
+    places = {}
     for video in videos:
-        stem = _stem(video)
-        head, parallel, tail = f"/{stem}".rpartition("/videos/")
-        names = [stem, video, *(f"../{other}/{stem}" for other in CAPTION_FOLDERS)]
-        names += [f"{head}/{other}/{tail}"[1:] for other in CAPTION_FOLDERS if parallel]
-        for name in {available[name] for name in names if name in available}:
-            found.setdefault(name, []).append(video)
-    return found
+        for name in {_stem(video), video}:
+            places.setdefault(place(name), []).append(video)
+    texts = {name: places.get(place(name[:-4])) for name in others if _suffix(name) == ".txt"}
+    return {name: found for name, found in texts.items() if found}
 
 
 def _read_text(path):
@@ -749,29 +695,43 @@ def _read_text(path):
         raise ValueError("it is not UTF-8 text") from error
 
 
-def _rows(folder, name, videos):
-    """Yields (where, file, caption) of a file; `videos` are those that it lies beside. Raises
+def _rows(path, videos):
+    """[(where, file, caption), ...] of a file; `videos` are those that it lies beside. Raises
     ValueError where it does not hold captions."""
-    path, suffix = folder / name, _suffix(name)
-    partner = path.name.lower() in CAPTION_LISTS and next(
-        filter(os.path.isfile, map(path.with_name, VIDEO_LISTS)), None)  # fmt: skip
-    if videos or partner:
-        captions = _read_text(path).rstrip().split("\n")
-        files = [None] * len(captions) if videos else _read_text(partner).rstrip().split("\n")
+    pair = [next((p for p in map(path.with_name, names) if p.is_file()), None)
+            for names in (VIDEO_LISTS, CAPTION_LISTS)]  # fmt: skip
+    if videos:
+        rows = [(f"line {i}", video, line)
+                for i, line in enumerate(_read_text(path).split("\n"), 1) if line.strip()
+                for video in videos]  # fmt: skip
+    elif path in pair and all(pair):
+        files, captions = (_read_text(path).rstrip().split("\n") for path in pair)
         if len(files) != len(captions):
-            raise ValueError(f"it has {len(captions)} lines, and {partner.name} {len(files)}")
-        for i, (file, caption) in enumerate(zip(files, captions), 1):
-            for video in (videos if caption.strip() else []) if videos else [file]:
-                yield f"line {i}", video, caption
-        return
+            raise ValueError(f"{pair[1].name} has {len(captions)} lines, {pair[0].name} has "
+                             f"{len(files)}")
+        rows = [(f"line {i}", *row) for i, row in enumerate(zip(files, captions), 1)]
+    else:
+        rows = _read_table(path)
+        found = {column for _, row in rows for column in row}
+        if found and any(found.isdisjoint(names) for names in (FILE_COLUMNS, CAPTION_COLUMNS)):
+            raise ValueError(f"its columns are {', '.join(sorted(found)[:9])}")
+        rows = [(where, *(next((row[n] for n in names if n in row), None)
+                          for names in (FILE_COLUMNS, CAPTION_COLUMNS))) for where, row in rows]
+    if not rows:
+        raise ValueError("it is empty")
+    return rows
+
+
+def _read_table(path):
+    """[(where, {column: value}), ...] of a table, columns in small letters. Raises ValueError."""
+    suffix = _suffix(path)
     if suffix not in TABLES:
         raise ValueError("it is of another kind")
-    text, line, columns = _read_text(path), 0, {}
+    text, line, found = _read_text(path), 0, []
     if suffix in (".csv", ".tsv"):
-        line = 1
         delimiter = max(",;\t", key=text.split("\n", 1)[0].count)
-        rows = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True,
-                              skipinitialspace=True)  # fmt: skip
+        line, rows = 1, csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter,
+                                       strict=True, skipinitialspace=True)  # fmt: skip
     elif suffix == ".json":
         rows = json.loads(text)
         if isinstance(rows, dict) and any(_suffix(key) in VIDEOS for key in rows):
@@ -780,27 +740,25 @@ def _rows(folder, name, videos):
                     for key, row in rows.items()]  # fmt: skip
         rows = rows if isinstance(rows, list) else [rows]
     else:
-        rows = (json.loads(line) if line.strip() else None for line in text.split("\n"))
+        rows = (json.loads(line) if line.strip() else {} for line in text.split("\n"))
     try:
         for i, row in enumerate(rows, 1):
             line = getattr(rows, "line_num", i)
             where = f"{'entry' if suffix == '.json' else 'line'} {line}"
-            if row is None:
-                continue
             if not isinstance(row, dict):
-                raise ValueError(f'{where} is no {{"file": "...", "caption": "..."}}')
+                raise ValueError('no {"file": "...", "caption": "..."}')
             if None in row:
-                raise ValueError(f"{where} has too many columns; commas need quotation marks")
-            keys = {re.sub(r"[\s-]+", "_", str(key).strip().lower()): key for key in row}
-            for kind, names in (("file", FILE_COLUMNS), ("caption", CAPTION_COLUMNS)):
-                columns[kind] = next((keys[n] for n in names if n in keys), columns.get(kind))
-            if None in columns.values():
-                raise ValueError(f"its columns are {', '.join(map(str, row))}")
-            yield where, row.get(columns["file"]), row.get(columns["caption"])
+                raise ValueError("too many columns; commas need quotation marks")
+            if row:
+                found.append((where, {re.sub(r"[\s-]+", "_", key.strip().lower()): value
+                                      for key, value in row.items()}))  # fmt: skip
     except csv.Error as error:
         raise ValueError(f"line {line + 1}: {error}; a quotation mark is not closed?") from error
-    except (json.JSONDecodeError, RecursionError) as error:
+    except json.JSONDecodeError as error:
         raise ValueError(f"line {line + 1}: {error}") from error
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+    return found
 
 
 def _locate(folder, base, file):
@@ -821,22 +779,22 @@ def _merge(folder, tables):
     merged, missing, origin = {}, {}, {}
     for table, rows in tables.items():
         placed, base = {}, os.path.dirname(table)
-        for where, file, caption in rows:
-            captions = caption if isinstance(caption, list) and caption else [caption]
+        for where, file, captions in rows:
+            where = f"{folder / table}, {where}"
             if not isinstance(file, str) or not file.strip():
-                raise DataError(f"{folder / table}, {where}: no name of a file")
+                raise DataError(f"{where}: no name of a file")
             name = _locate(folder, base, file)
-            for text in captions:
+            if not name:
+                missing[file.strip()] = f"{table} names it, and it is not there"
+            for text in captions if isinstance(captions, list) and captions else [captions]:
                 if not isinstance(text, str) or NO_CAPTION.fullmatch(text):
-                    raise DataError(f"{folder / table}, {where}: no caption but {str(text)[:40]!r}")
+                    raise DataError(f"{where}: no caption but {str(text)[:40]!r}")
                 later = [re.split("[,;\t]", line)[0] for line in text.split("\n")[1:]]
                 if any(_locate(folder, base, line) for line in later):
-                    raise DataError(f"{folder / table}, {where}: a quotation mark is not closed")
+                    raise DataError(f"{where}: a quotation mark is not closed")
                 text = " ".join(text.encode(errors="replace").decode().split())
                 if name and text not in placed.setdefault(name, []):
                     placed[name].append(text)
-            if not name:
-                missing[file.strip()] = f"{table} names it, and it is not there"
         for name, captions in placed.items():
             if merged.setdefault(name, captions) != captions:
                 raise DataError(f"{folder}: {origin[name]} and {table} give {name} different "
@@ -845,46 +803,46 @@ def _merge(folder, tables):
     return merged, missing
 
 
-def _check_unused(folder, videos, others, reasons, explicit):
-    """Raises DataError where one of the other files looks like captions: with the wrong captions a
-    training is lost. explicit: there are captions besides."""
+def _check_unused(folder, videos, unused, explicit):
+    """Raises DataError where one of the unused files, {name: reason}, looks like captions: with the
+    wrong captions a training is lost. explicit: there are captions besides."""
     names = {os.path.basename(video) for video in videos}
     stems = {_stem(name).lower() for name in names}
-    for name in others:
+    for name, why in unused.items():
         stem, suffix = os.path.splitext(os.path.basename(name).lower())
-        listed = stem in CAPTION_NAMES and (suffix != ".txt" or stem + suffix in VIDEO_LISTS)
-        beside = stem in stems and (suffix == ".txt" or not explicit)
-        sheet = suffix in SPREADSHEETS and not explicit
-        if suffix in CAPTION_KINDS and (
-            listed or beside or sheet or re.search("caption|prompt", stem)
-            or _mentions(folder / name, names, stems)
-        ):
+        named = (
+            re.search("caption|prompt", stem)
+            or stem in CAPTION_NAMES and suffix != ".txt" or stem + suffix in VIDEO_LISTS
+            or stem in stems and (suffix == ".txt" or not explicit)
+            or suffix in SPREADSHEETS and not explicit
+        )
+        if suffix in CAPTION_KINDS and (named or _mentions(folder / name, names, stems)):
             raise DataError(
-                f"{folder / name} looks like captions and cannot be used ({reasons[name]}): "
-                f"captions are read from tables ({', '.join(TABLES)}) with the columns file and "
-                "caption, or from a .txt file beside each video; or take it out of the folder"
+                f"{folder / name} looks like captions and cannot be used ({why}): captions are "
+                f"read from tables ({', '.join(TABLES)}) with the columns file and caption, or "
+                "from a .txt file beside each video; or take it out of the folder"
             )
 
 
 def _mentions(path, names, stems):
-    """Whether a text names videos and says more about them than numbers."""
+    """Whether a text names videos and says more about them than numbers: one by the name of its
+    file, or in most lines one without its suffix."""
     if not os.path.isfile(path):
         return False
     with open(path, "rb") as file:
-        lines = file.read(2**20).decode(errors="replace").replace("\0", "").splitlines()
-    begun, lines = 0, [line for line in lines if line.strip()]
+        text = file.read(2**20).decode(errors="replace").replace("\0", "")
+    lines, begun = [line for line in text.splitlines() if line.strip()], 0
     for line in lines:
-        cells = re.split(r"""[,;\t|:"]""", line)
-        tokens = [part for part in re.split(r"""[\s,;:"'|{}\[\]()]+""", line) if part]
-        named = {part for part in (*cells, *tokens)
-                 if re.split(r"[\\/]", part.strip())[-1] in names
+        tokens = re.findall(r"""[^\s,;:"'|{}\[\]()]+""", line)
+        parts = {*tokens, *re.split(r"""[,;\t|:"]""", line)}
+        named = {part for part in parts if re.split(r"[\\/]", part.strip())[-1] in names
                  or _suffix(path) in TABLES and part.strip().lower() in stems}  # fmt: skip
         for part in named:
             line = line.replace(part, "")
-        about = re.search(r"[^\W\d_]{2}", line) is not None  # a word
-        if named and about:
-            return True
-        begun += about and tokens != [] and tokens[0].lower() in stems
+        if re.search(r"[^\W\d_]{2}", line):  # a word
+            if named:
+                return True
+            begun += tokens[0].lower() in stems if tokens else 0
     return 2 * begun > len(lines)
 
 
@@ -894,17 +852,16 @@ def read_split(folder: Path, split: str) -> set[str]:
     The lists lie in the folder, or in `ucfTrainTestlist` inside or beside it. Raises DataError."""
     if not re.fullmatch(r"(train|test)0[123]", split):
         raise DataError(f"unknown split {split!r}: choose train01 to train03 or test01 to test03")
-    name = f"{split[:-2]}list{split[-2:]}.txt"
-    lists = "ucfTrainTestlist"
-    folder = Path(folder).absolute()
-    for place in (folder, folder / lists, folder.parent / lists):
-        if (place / name).exists():
-            try:
-                lines = _read_text(place / name).splitlines()
-            except (OSError, ValueError) as error:
-                raise DataError(f"{place / name} cannot be read: {reason(error)}") from error
-            return {Path(line.split()[0]).name for line in lines if line.strip()}
-    raise DataError(f"no {name} for --split {split}: put it into {folder / lists}")
+    name, folder = f"{split[:-2]}list{split[-2:]}.txt", Path(folder).absolute()
+    inside, beside = folder / "ucfTrainTestlist", folder.parent / "ucfTrainTestlist"
+    path = next((p / name for p in (folder, inside, beside) if (p / name).exists()), None)
+    if path is None:
+        raise DataError(f"no {name} for --split {split}: put it into {inside}")
+    try:
+        lines = _read_text(path).splitlines()
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} cannot be read: {reason(error)}") from error
+    return {Path(line.split()[0]).name for line in lines if line.strip()}
 
 
 def different(captions: list[str], count: int) -> list[str]:
@@ -1013,10 +970,9 @@ class VideoFolder:
 
     def summary(self) -> list[str]:
         """Lines that tell what will be learned, and warn of what cannot be."""
-        count = Counter(text for i in range(len(self)) for text in self.captions(i))
-        tokens = [(n, word) for text, n in count.items() for word in set(text.lower().split())]
-        spread = Counter(word for _, word in tokens)
-        rare = sum(n == spread[word] == 1 for n, word in tokens)
+        captions = [self.captions(i) for i in range(len(self))]
+        count = Counter(itertools.chain(*captions))
+        spread = Counter(word for c in captions for word in set(" ".join(c).lower().split()))
         lines = [f"{len(self)} videos, {len(count)} different captions from {self.source}"]
         lines += [f'{n} x "{text}"' for text, n in count.most_common(3)]
         for names, what in ((self.left_out, "videos without a caption are left out"),
@@ -1026,7 +982,7 @@ class VideoFolder:
                 lines.append(f"{len(names)} {what}, such as {min(names)}")
         if len(count) == 1 and len(self) > 1:
             lines.append("warning: all captions are the same, so that no text can be learned")
-        elif 2 * rare >= sum(n for n, _ in tokens):
+        elif 2 * list(spread.values()).count(1) >= spread.total():
             lines.append("warning: most words belong to one video only, so that what they mean "
                          "cannot be learned")
         return lines
@@ -1076,14 +1032,65 @@ def _fingerprint(path):
             return [(name, _fingerprint(path / name)) for name in names]
         if not os.path.isfile(path):
             return None
-        size, digest = os.path.getsize(path), hashlib.sha256()
+        size, content = os.path.getsize(path), b""
         with open(path, "rb") as file:
             for position in (0, size // 2, max(size - 4096, 0)):
                 file.seek(position)
-                digest.update(file.read(4096))
-        return size, digest.hexdigest()
+                content += file.read(4096)
+        return size, hashlib.sha256(content).hexdigest()
     except OSError:
         return None
+
+
+def prefetch(function: Callable, items: Iterable, workers: int | None = None) -> Iterator:
+    """Yields function(item) for each item in order, computed ahead by threads.
+
+    Threads are enough for videos: PyAV lets the others run while it decodes. workers: their number,
+    the processor's cores by default. What `function` raises is raised here. A thread that hangs, in
+    a read from a stalled disk, does not keep the program from ending.
+    """
+    workers, stopped = workers or min(os.cpu_count() or 1, 16), threading.Event()
+    waiting, ahead = SimpleQueue(), deque()
+
+    def work():
+        for future, item in iter(waiting.get, None):
+            try:
+                future.set_result(None if stopped.is_set() else function(item))
+            except BaseException as error:
+                future.set_exception(error)
+
+    threads = [threading.Thread(target=work, daemon=True) for _ in range(workers)]
+    for thread in threads:
+        thread.start()
+    try:
+        for item in items:
+            ahead.append(Future())
+            waiting.put((ahead[-1], item))
+            if len(ahead) > 2 * workers:
+                yield ahead.popleft().result()
+        while ahead:
+            yield ahead.popleft().result()
+    finally:
+        stopped.set()
+        for _ in threads:
+            waiting.put(None)
+        for thread in threads:  # most are done soon: none is to run while the program ends
+            thread.join(0.2)
+
+
+def read_ahead(
+    dataset, indices: Iterable[int], workers: int | None = None
+) -> Iterator[tuple[int, Sample | None]]:
+    """Yields (index, `Sample`) for each index in order; the sample is None for a video that cannot
+    be used, and `dataset.skipped` says why. Raises DataError where none is left."""
+
+    def read(index):
+        try:
+            return index, dataset[index]
+        except VideoError:
+            return index, None
+
+    return prefetch(read, indices, workers)
 
 
 # ---------------------------------------------------------------------- the classes of UCF-101

@@ -440,8 +440,10 @@ def check_options(args):
         (suffix in FORMATS and args.format and suffix != f".{args.format}",
          f"{out} does not end in .{args.format}"),
         (args.image and args.video, "--image and --video both say how the video begins"),
-        (args.last_image and args.extend, "--last-image says how the video ends, --extend goes on"),
-        (more > args.extend, f"{more + 1} prompts: put a sentence in quotes, or add --extend {more}"),
+        (args.last_image and args.extend,
+         "--last-image says how the video ends, --extend goes on"),
+        (more > args.extend,
+         f"{more + 1} prompts: put a sentence in quotes, or add --extend {more}"),
         (extras and (several or args.extend),
          "--attention and --denoising show one clip: no --num, --prompts or --extend"),
         *((path.suffix not in (".gif", ".png"), f"{path} does not end in .gif or .png")
