@@ -48,7 +48,7 @@ from tqdm import tqdm
 from data import FPS, FRAMES, Sample, VideoFolder, read_ahead, to_model
 from diffusion import SAMPLERS
 from sample import GUIDANCE, SAMPLER, STEPS, load_pipeline
-from shapes import SIZE, MovingShapes, caption_accuracy, render
+from shapes import PARAPHRASES, SIZE, MovingShapes, asked, caption_accuracy, render
 from tools import Parser, UserError, atomic_path, load_tensors, number, pick_device
 from tools import run_command, save_atomically
 
@@ -910,17 +910,20 @@ def caption_sets(num):
 
 
 def measure_captions(args):
-    """`caption_accuracy` of each caption set: of clips generated at the default frame rate, or of
-    clips rendered at their own."""
+    """`caption_accuracy` of each caption set, of clips generated at the default frame rate, or of
+    clips rendered at their own; and of `PARAPHRASES`, which nothing but a model can draw."""
     if Path(args.fake).is_dir():
         raise UserError("--metrics captions is for shapes or a checkpoint: a folder has no scenes")
     pipeline = None if args.fake == "shapes" else load_pipeline(args.fake, pick_device(args.device))
-    results = {}
-    for name, samples in caption_sets(args.num).items():
+    sets, results = caption_sets(args.num), {}
+    if pipeline:
+        told = list(PARAPHRASES.items())[: args.num]
+        sets["paraphrases"] = [(prompt, FPS, asked(meaning)) for prompt, meaning in told]
+    for name, samples in sets.items():
         captions, rates, scenes = zip(*samples)
         if pipeline:
             clips = generate_clips(pipeline, captions, args)
-            bar = tqdm(clips, f"captions, {name}", args.num, unit="clip")
+            bar = tqdm(clips, f"captions, {name}", len(captions), unit="clip")
             videos, rates = [sample.video for sample in bar], FPS
         else:
             videos = [render(scene, fps=rate) for scene, rate in zip(scenes, rates)]
