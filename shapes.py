@@ -138,12 +138,12 @@ def rates(action):
 def place_in_frame(thing, rng, frames, fps, middle=False):
     """The same thing somewhere from where most of its way is free.
 
-    middle: it begins in the middle of the picture, where there is room for whatever comes
-    after the clip. Otherwise anywhere, and every sixth time at a wall, as after another action.
+    middle: it begins in the middle of the picture, where there is room for whatever comes after the
+    clip. Otherwise anywhere, now and then at a wall, as after another action.
     """
     reach = RADII[thing.size] * REACH[thing.shape] + 1
     while True:
-        place = rng.uniform(1 / 3, 2 / 3, 2) if middle else rng.uniform(-0.1, 1.1, 2).clip(0, 1)
+        place = rng.uniform(0.4, 0.6, 2) if middle else rng.uniform(-0.1, 1.1, 2).clip(0, 1)
         x, y = (float(v) for v in reach + place * (SIZE - 2 * reach))
         placed = replace(thing, x=x, y=y)
         if placed.free(frames, fps) > FREE:

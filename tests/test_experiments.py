@@ -1,5 +1,6 @@
 """The measurements measure what they say, on videos whose truth is known."""
 
+import itertools
 import json
 from dataclasses import asdict
 from types import SimpleNamespace
@@ -42,6 +43,42 @@ def test_speeds_are_those_of_the_renderer(capsys):
     found = rows(capsys.readouterr().out)
     assert [row["fps"] for row in found] == [8, 9, 10, 11, 12]
     assert all(row["pixels_a_second"] == pytest.approx(SPEED, rel=0.02) for row in found)
+
+
+def film(story, x=32.0, y=32.0):
+    """What the renderer makes of a story: each sentence begins where the one before has ended."""
+    parts, angle = [], 0.0
+    for sentence in story:
+        _, colour, shape, *_, action = sentence.split()
+        one = Thing(colour, shape, "", (action,), x, y, angle)
+        parts.append(render([one])[bool(parts) :])
+        x, y, _, angle = map(float, one.path(16, 8.0)[:, -1])
+    return np.concatenate(parts)
+
+
+def test_stories_of_the_renderer_are_told(capsys):
+    def generate(stories, overlap):
+        return np.stack([film(story)[: 16 + (len(story) - 1) * (16 - overlap)] for story in stories])
+
+    tasks.stories(SimpleNamespace(generate=generate), 8)
+    found = [row for row in rows(capsys.readouterr().out) if row["overlap"] == 1]
+    assert [(row["story"], row["sentences"]) for row in found] == [
+        ("round", 2), ("round", 5), ("spins", 2), ("spins", 5)
+    ]  # fmt: skip
+    assert all(row["told"] == row["of"] == 8 and row["sentences_told"] == 1 for row in found)
+    assert all(0.8 < row["seam"] < 1.2 for row in found)
+
+
+def test_stories_that_take_another_turn_are_not_told():
+    story = tasks.write_stories("round", 1, 2)[0]
+    assert tasks.is_told(film(story), story, 1) == [True, True]
+    assert tasks.is_told(film(story), [story[0]] * 2, 1) == [True, False]
+
+
+def test_from_the_middle_every_story_can_go_round():
+    assert len({tuple(s.split()[-1] for s in x) for x in tasks.write_stories("round", 8, 2)}) == 8
+    for story, *place in itertools.product(tasks.write_stories("round", 8, 5), *[(28.0, 36.0)] * 2):
+        assert all(tasks.is_told(film(story, *place), story, 1)), (story, place)
 
 
 def test_slices_hide_the_order_that_whole_clips_show(tmp_path):
