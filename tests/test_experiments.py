@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from data import VideoFolder
-from experiments import nearest, order, reference, slices, speed, steps, tasks
-from shapes import COLOURS, DIRECTIONS, SPEED, Thing, render
+from experiments import motions, nearest, order, reference, slices, speed, steps, tasks
+from shapes import COLOURS, DIRECTIONS, MOTIONS, POLYGONS, REACH, SPEED, WORDINGS, Thing, render
 
 
 def rows(text):
@@ -58,7 +58,8 @@ def film(story, x=32.0, y=32.0):
 
 def test_stories_of_the_renderer_are_told(capsys):
     def generate(stories, overlap):
-        return np.stack([film(story)[: 16 + (len(story) - 1) * (16 - overlap)] for story in stories])
+        frames = 16 + (len(stories[0]) - 1) * (16 - overlap)
+        return np.stack([film(story)[:frames] for story in stories])
 
     tasks.stories(SimpleNamespace(generate=generate), 8)
     found = [row for row in rows(capsys.readouterr().out) if row["overlap"] == 1]
@@ -79,6 +80,28 @@ def test_from_the_middle_every_story_can_go_round():
     assert len({tuple(s.split()[-1] for s in x) for x in tasks.write_stories("round", 8, 2)}) == 8
     for story, *place in itertools.product(tasks.write_stories("round", 8, 5), *[(28.0, 36.0)] * 2):
         assert all(tasks.is_told(film(story, *place), story, 1)), (story, place)
+
+
+def test_every_shape_is_asked_for_in_every_motion(monkeypatch, capsys):
+    """A model whose stars are squares, and that never spins."""
+    def generate(captions):
+        asked = (caption.replace("star", "square").split(maxsplit=3) for caption in captions)
+        return [render([Thing(c, s, "", (ACTIONS[words],), 32.0, 32.0, 0.1)])
+                for _, c, s, words in asked]
+
+    wordings = {WORDINGS[action][0]: action for action in MOTIONS}
+    ACTIONS = wordings | {WORDINGS["spins"][0]: "stays still"}
+    pipeline = SimpleNamespace(generate=generate)
+    monkeypatch.setattr(motions, "load_pipeline", lambda *_: pipeline)
+    motions.motions("", 2)
+    found = {(row["motion"], row["right"]): row for row in rows(capsys.readouterr().out)}
+    assert {motion for motion, _ in found} == set(MOTIONS)
+    for (motion, right), row in found.items():
+        shapes = set(POLYGONS if motion == "spins" else REACH)
+        assert set(row) == {"motion", "right", "mean", *shapes}
+        wrong = {"star"} if right == "shape" else shapes if motion == "spins" else set()
+        assert {shape for shape in shapes if row[shape] != 1} == wrong
+        assert row["mean"] == pytest.approx(1 - len(wrong) / len(shapes), abs=1e-3)
 
 
 def test_slices_hide_the_order_that_whole_clips_show(tmp_path):
@@ -133,8 +156,8 @@ def test_a_model_that_repeats_its_clips_is_found_out(
 
 
 @pytest.mark.parametrize("module, words", [
-    (order, "--num 0"), (slices, "--steps many"), (tasks, "nothing"), (steps, "--num"),
-    (reference, "--num 1"), (nearest, ""), (speed, ""),
+    (order, "--num 0"), (motions, "--num 0"), (slices, "--steps many"), (tasks, "nothing"),
+    (steps, "--num"), (reference, "--num 1"), (nearest, ""), (speed, ""),
 ])
 def test_mistakes_are_told_in_one_line(module, words, capsys):
     with pytest.raises(SystemExit, match="2"):
