@@ -693,6 +693,30 @@ def test_image_fraction_closes_temporal_attention_for_its_clips(preset, finished
         assert torch.equal(images, e) if e.any() else images is False
 
 
+def test_at_first_clips_have_fewer_frames(preset, finished, tmp_path):
+    """They are every fourth and every second frame, at a quarter and half of the frame rate."""
+    shutil.copy(finished / "vae.pt", tmp_path)
+    training = replace(preset.diffusion_training, strides=((0.25, 4), (0.75, 2)))
+    assert [train.frame_stride(step, training) for step in range(4)] == [4, 2, 2, 1]
+    assert train.frame_stride(0, preset.diffusion_training) == 1
+    seen, forward = [], UNet3D.forward
+
+    def watch(self, x, t, context, mask, fps, given, *rest):
+        if torch.is_grad_enabled():
+            seen.append((fps, given))
+        return forward(self, x, t, context, mask, fps, given, *rest)
+
+    with patched((UNet3D, "forward", watch)):
+        run_train(replace(preset, diffusion_training=training), "diffusion", "--out", tmp_path)
+    latents = np.fromfile(tmp_path / "latents.bin", np.float16).reshape(-1, 4, 16, 4, 4)
+    rates = json.loads((tmp_path / "latents.json").read_text())["fps"]
+    for stride, (fps, clips) in zip((4, 2, 2, 1), seen, strict=True):
+        for rate, clip in zip(fps, clips):
+            matches = [np.array_equal(one[:, ::stride], clip.numpy()) for one in latents]
+            assert sum(matches) == 1
+            assert rate == pytest.approx(rates[matches.index(True)] / stride)
+
+
 # ------------------------------------------------------------------------------ logs
 
 
