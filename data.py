@@ -116,6 +116,7 @@ def _write_sheet(path, video, fps):
 
 # ------------------------------------------------------------------------------ reading videos
 
+PIXELS = 1  # number of the code that makes frames of a file: goes up whenever it makes others
 VIDEOS = (".avi", ".gif", ".m4v", ".mkv", ".mov", ".mp4", ".webm")
 IMAGES = (".bmp", ".jpeg", ".jpg", ".png", ".webp")
 FOLDER_FPS = 25.0  # of a folder of frames, which does not say
@@ -489,8 +490,19 @@ class VideoFolder:
         if not 0 <= index < len(self.items):
             raise IndexError(index)
         rng = np.random.default_rng((self.seed, index))
-        video, times = self._read(index, rng, lambda times: self._pick(times, rng))
+        try:
+            video, times = self._read(index, rng, lambda times: self._pick(times, rng))
+        except VideoError as error:
+            if all(name in self.skipped for name, _ in self.items):
+                raise self.unusable() from error
+            raise
         return Sample(self.caption(index), video, (self.frames - 1) / (times[-1] - times[0]))
+
+    def unusable(self):
+        """The error that says that no video of the data set can be used."""
+        name, why = min(self.skipped.items())
+        return DataError(f"none of the {len(self.items)} videos in {self.folder} can be used; "
+                         f"{name}: {why}")
 
     def caption(self, index):
         return self.items[index][1]
@@ -506,7 +518,7 @@ class VideoFolder:
         return self._read(index, rng, pick, rng.random(2))[0]
 
     def identity(self):
-        """All that the pictures depend on, besides the source code, as text."""
+        """All that the pictures depend on, as text."""
         files = []
         for name, _ in self.items:
             try:
@@ -515,7 +527,7 @@ class VideoFolder:
             except OSError:  # a link to nowhere
                 files.append((name, None, None))
         settings = (self.seed, self.frames, self.size, self.clip_seconds, self.stride, self.flip)
-        return repr((settings, files))
+        return repr((PIXELS, settings, files))
 
     def divide(self, every=20):
         """Two data sets: without every 20th video, and with nothing else. A single video is in
@@ -544,15 +556,9 @@ class VideoFolder:
     def _read(self, index, rng, pick, place=(0.5, 0.5)):
         name = self.items[index][0]
         try:
-            if name in self.skipped:
-                raise VideoError(self.skipped[name])
             video, times = read_frames(self.folder / name, pick, self.size, place)
         except VideoError as error:
             self.skipped[name] = str(error)
-            if all(name in self.skipped for name, _ in self.items):
-                first = self.items[0][0]
-                raise DataError(f"none of the {len(self.items)} videos in {self.folder} can be "
-                                f"used; {first}: {self.skipped[first]}") from error
             raise
         if self.flip and rng.random() < 0.5:
             video = np.ascontiguousarray(video[:, :, ::-1])

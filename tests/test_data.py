@@ -370,7 +370,7 @@ def test_frames_that_make_no_video(tmp_path, monkeypatch):
     clip.mkdir()
     (tmp_path / "captions.csv").write_text("file,caption\nclip,nothing\n")
     with pytest.raises(DataError, match="none of the 1 videos .* a folder without pictures"):
-        VideoFolder(tmp_path, frames=4, size=16).random_frames(0, np.random.default_rng(0), 2)
+        VideoFolder(tmp_path, frames=4, size=16)[0]
     for i in range(4):
         Image.new("RGB", (16, 16 + 16 * (i == 3))).save(clip / f"{i}.png")
     assert read_frames(clip, every, 16)[0].shape == (4, 16, 16, 3)
