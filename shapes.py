@@ -22,7 +22,7 @@ from data import FPS, FRAMES, Sample, contact_sheet, write_picture
 
 # ------------------------------------------------------------------------------ MovingShapes
 
-PIXELS = 1  # number of the code that draws the clips: goes up whenever it draws others
+PIXELS = 2  # number of the code that draws the clips: goes up whenever it draws others
 BACKGROUND = (18, 20, 28)
 COLOURS = {
     "red": (230, 45, 45),
