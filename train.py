@@ -981,7 +981,7 @@ PRESETS = {
         unet=UNet3DConfig(attention=(True, True)),
         diffusion=DiffusionConfig(shift=3.0),
         diffusion_training=TrainConfig(
-            steps=5200, batch_size=16, lr=1e-3, decay=0.65, optimizer="muon", easy_start=1200,
+            steps=4800, batch_size=16, lr=1e-3, decay=0.65, optimizer="muon", easy_start=1100,
             strides=((0.45, 4), (0.75, 2)), videos=12_000,
         ),
     ),

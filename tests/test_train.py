@@ -1395,6 +1395,26 @@ def test_weights_that_are_not_finite_are_not_saved(preset, copied):
 # ------------------------------------------------------------------------------ presets
 
 
+def test_the_shipped_model_is_what_the_preset_makes():
+    """Its parts, and in the log that was written on the way both stages to their ends."""
+    preset, folder = train.PRESETS["shapes"], Path(train.__file__).parent / "pretrained"
+    assert (folder / "shapes.pt").stat().st_size <= 16e6
+    model = load(folder / "shapes.pt")
+    for name, config in {
+        "vae": preset.vae, "text_encoder": preset.text, "unet": preset.unet,
+        "diffusion": preset.diffusion,
+    }.items():
+        assert type(config)(**model[name]["config"]) == config
+    lines = [json.loads(line) for line in (folder / "shapes.jsonl").open()]
+    for stage in ("vae", "diffusion"):
+        config = getattr(preset, f"{stage}_training")
+        steps = [line["step"] for line in lines if line["stage"] == stage and "lr" in line]
+        assert steps == list(range(config.log_every, config.steps + 1, config.log_every))
+        for line in lines:
+            if line["stage"] == stage and "lr" in line:
+                assert line["lr"] == pytest.approx(learning_rate(line["step"] - 1, config))
+
+
 @pytest.mark.parametrize("name", train.PRESETS)
 def test_the_parts_of_a_preset_fit_together(name):
     """Shapes only: on the "meta" device nothing is stored or computed, so that even the largest
