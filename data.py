@@ -10,13 +10,23 @@ arrays of shape (f, h, w, 3); `to_model` and `to_uint8` convert to and from floa
 
 import copy
 import csv
+import errno
+import hashlib
+import io
+import itertools
 import json
 import os
 import re
-from collections import deque
-from concurrent.futures import ThreadPoolExecutor
+import struct
+import threading
+import warnings
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
+from queue import SimpleQueue
 
 import numpy as np
 import torch
@@ -59,7 +69,7 @@ class Sample:
 FORMATS = (".gif", ".mp4", ".png")
 
 
-def write_video(path, video, fps=FPS, upscale=1):
+def write_video(path: Path, video: np.ndarray, fps: float = FPS, upscale: int = 1):
     """Write uint8 (f, h, w, 3) as .gif, .mp4 or .png (a contact sheet of the frames, four in a
     row).
 
@@ -67,15 +77,21 @@ def write_video(path, video, fps=FPS, upscale=1):
     ValueError for an unknown suffix and OSError where the path cannot be written.
     """
     path = Path(path)
-    if path.suffix not in FORMATS:
+    suffix = path.suffix.lower()
+    if suffix not in FORMATS:
         raise ValueError(f"cannot write {path.name}: the formats are {', '.join(FORMATS)}")
-    video = np.asarray(video).repeat(upscale, axis=1).repeat(upscale, axis=2)
-    writer = {".gif": _write_gif, ".mp4": _write_mp4, ".png": _write_sheet}[path.suffix]
+    writer = {".gif": _write_gif, ".mp4": _write_mp4, ".png": _write_sheet}[suffix]
     with atomic_path(path) as temporary:
-        writer(temporary, video, fps)
+        writer(temporary, np.asarray(video), fps, upscale)
 
 
-def _write_gif(path, video, fps):
+def _enlarged(video, upscale):
+    """Frame by frame: the enlarged clip as a whole may not fit into memory."""
+    for frame in video:
+        yield frame.repeat(upscale, axis=0).repeat(upscale, axis=1)
+
+
+def _write_gif(path, video, fps, upscale):
     # GIF counts in hundredths of a second: round the frames' ends, not their durations, so that the
     # clip as a whole keeps its length.
     ends = np.round(np.arange(1, len(video) + 1) * 100 / fps).astype(int)
@@ -83,82 +99,118 @@ def _write_gif(path, video, fps):
     # One palette for the whole clip, or flat areas flicker from frame to frame.
     sheet = Image.fromarray(rearrange(video, "f h w c -> (f h) w c"))
     palette = sheet.quantize(256, method=Image.Quantize.MEDIANCUT)
-    frames = [Image.fromarray(f).quantize(palette=palette, dither=0) for f in video]
-    frames[0].save(
-        path, save_all=True, append_images=frames[1:], duration=durations.tolist(), loop=0
+    frames = (Image.fromarray(frame).quantize(palette=palette, dither=0)
+              for frame in _enlarged(video, upscale))
+    next(frames).save(
+        path, "GIF", save_all=True, append_images=frames, duration=durations.tolist(), loop=0
     )
 
 
-def _write_mp4(path, video, fps):
-    import imageio.v3 as iio  # PyAV takes a while to import and most runs write GIFs
+def _write_mp4(path, video, fps, upscale):
+    import av  # takes a while to import, and most runs write GIFs
 
-    height, width = (n - n % 2 for n in video.shape[1:3])  # yuv420p needs even sides
-    rate = round(fps * 1000) / 1000
-    iio.imwrite(path, video[:, :height, :width], plugin="pyav", codec="libx264", fps=rate)
+    height, width = (n * upscale - n * upscale % 2 for n in video.shape[1:3])  # as yuv420p needs
+    try:
+        # libav writes the file itself: through a Python file it would swallow a Ctrl-C.
+        with av.open(os.path.abspath(path), "w", format="mp4") as container:
+            stream = container.add_stream("libx264", rate=Fraction(round(fps * 1000), 1000))
+            stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+            stream.options = {"crf": "18"}
+            codec = stream.codec_context
+            codec.colorspace = codec.color_primaries = codec.color_trc = 1  # BT.709
+            codec.color_range = 1  # 16 to 235
+            for frame in _enlarged(video, upscale):
+                frame = np.ascontiguousarray(frame[:height, :width])
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(frame).reformat(
+                    format="yuv420p", dst_colorspace="ITU709", dst_color_range="MPEG"
+                )))
+            container.mux(stream.encode())
+    except av.error.FFmpegError as error:
+        reason = error.strerror if isinstance(error, OSError) else "is the disk full?"
+        raise OSError(error.errno, reason) from error
 
 
-def write_picture(path, picture):
+def write_picture(path: Path, picture: np.ndarray):
     """Write uint8 (h, w, 3) as an image file, whole or not at all. Raises OSError."""
     with atomic_path(path) as temporary:
         Image.fromarray(picture).save(temporary)
 
 
-def contact_sheet(video, columns=4, border=2):
+def contact_sheet(video: np.ndarray, columns: int = 4, border: int = 2) -> np.ndarray:
     """Frames of uint8 (f, h, w, 3) side by side, row by row: uint8 (H, W, 3)."""
     pad = (-len(video)) % columns
     video = np.pad(video, ((0, pad), (border, border), (border, border), (0, 0)), constant_values=0)
     return rearrange(video, "(r q) h w c -> (r h) (q w) c", q=columns)
 
 
-def _write_sheet(path, video, fps):
-    Image.fromarray(contact_sheet(video, columns=min(4, len(video)))).save(path)
+def _write_sheet(path, video, fps, upscale):
+    sheet = contact_sheet(np.stack([*_enlarged(video, upscale)]), columns=min(4, len(video)))
+    Image.fromarray(sheet).save(path, "PNG")
 
 
 # ------------------------------------------------------------------------------ reading videos
 
-PIXELS = 1  # number of the code that makes frames of a file: goes up whenever it makes others
-VIDEOS = (".avi", ".gif", ".m4v", ".mkv", ".mov", ".mp4", ".webm")
-IMAGES = (".bmp", ".jpeg", ".jpg", ".png", ".webp")
+PIXELS = 2  # number of the code that makes frames of a file: goes up whenever it makes others
+VIDEOS = (".3g2", ".3gp", ".asf", ".avi", ".divx", ".dv", ".f4v", ".flv", ".gif", ".m2ts", ".m2v",
+          ".m4v", ".mkv", ".mov", ".mp4", ".mpe", ".mpeg", ".mpg", ".mts", ".mxf", ".ogv", ".qt",
+          ".ts", ".vob", ".webm", ".wmv", ".y4m")  # fmt: skip
+IMAGES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+# What may be inside, whatever the name says: neither PostScript, which Pillow would run, nor lists
+# of other files.
+PICTURE_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+MAX_PIXELS = 2**27  # of a picture; of a frame of a video a quarter, which is 8K
+FFMPEG = {
+    "format_whitelist": "asf,avi,dv,flv,gif,h264,hevc,m4v,matroska,mov,mpeg,mpegts,mpegvideo,mxf,"
+                        "ogg,yuv4mpegpipe",
+    "protocol_whitelist": "file",
+    "max_pixels": str(MAX_PIXELS // 4),
+}  # fmt: skip
 FOLDER_FPS = 25.0  # of a folder of frames, which does not say
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # see MAX_PIXELS
 
 
 class VideoError(ValueError):
-    """This video cannot be used; the message is the reason."""
+    """This video cannot be used; the message is the reason. passing: it may be readable later."""
+
+    def __init__(self, reason, passing=False):
+        super().__init__(reason)
+        self.passing = passing
 
 
 class DataError(UserError):
     """This data set cannot be used; the message is one line that says what to do."""
 
 
-def read_frames(path, pick, size, place=(0.5, 0.5)):
-    """Some frames of a video file or of a folder of frames, square: uint8 (f, size, size, 3).
+def read_frames(
+    path: Path, pick: Callable, size: int | tuple | None, place: tuple = (0.5, 0.5)
+) -> tuple[np.ndarray, np.ndarray]:
+    """Some frames of a video file or of a folder of frames: uint8 (f, h, w, 3).
 
+    Frame n is the n-th that decoding from the start gives, whatever its time stamp says.
     pick: called with the times of all frames, ascending, in seconds from the first one, float64
-    (n,); returns the indices of the wanted frames, (f,), ascending. Only these are converted: their
-    short side becomes `size` pixels, and of the long side a part is cut out. place: where it lies,
-    as fractions of what is left over at the (top, left); (0.5, 0.5) is the centre. With a size of
-    None the frames stay as they are.
+    (n,); returns the indices of the wanted frames, (f,), ascending. It is called again where the
+    file turns out to hold other frames than it says. Only the wanted ones are converted: as small
+    as they may be to cover `size`, (w, h) or the side of a square, and what is left over is cut
+    off. place: where the part lies, as fractions of what is left over at the (top, left);
+    (0.5, 0.5) is the centre. With a size of None the frames stay as they are.
     Returns the frames and their times (f,). Raises VideoError unless the file is a whole, readable
     video; what `pick` raises passes through.
     """
     import av  # takes a while to import, and the built-in data does without
 
     broken = (av.error.FFmpegError, Image.DecompressionBombError, OSError, ValueError, EOFError,
-              SyntaxError)
+              SyntaxError, OverflowError, TypeError, struct.error)
+    size = (size, size) if isinstance(size, int) else size
+    read = _read_pictures if os.path.isdir(path) or _is_animation(path) else _read_file
     try:
-        read = _read_folder if os.path.isdir(path) else _read_file
-        frames, times = read(path, pick, size)
-        if size is None:
-            return np.stack(frames), times
+        frames, times = read(path, pick, size, place)
+        return np.stack(frames), times
     except VideoError:
         raise
     except broken as error:
-        raise VideoError(_reason(error)) from error
-    cut = []
-    for frame in frames:
-        top, left = (round((n - size) * p) for n, p in zip(frame.shape, place))
-        cut.append(frame[top : top + size, left : left + size])
-    return np.stack(cut), times
+        # What the operating system says, and not the file, may pass. ffmpeg's numbers are large.
+        passing = 0 < (getattr(error, "errno", None) or 0) < 200 and error.errno != errno.EINVAL
+        raise VideoError(_reason(error), passing) from error
 
 
 def _reason(error):
@@ -166,114 +218,277 @@ def _reason(error):
     return reason.splitlines()[0][:80]
 
 
-def short_side(width, height, size):
-    """(width, height) scaled so that the shorter one is `size`; unchanged if that is None."""
+def _cover(width, height, size, count=1):
+    """(width, height) scaled until they just cover `size`; only rounded if that is None. Raises
+    VideoError where `count` frames of it are too many pixels."""
+    if size is not None:
+        scale = max(size[0] / width, size[1] / height)
+        width, height = max(size[0], width * scale), max(size[1], height * scale)
+    if count * width * height > 2 * MAX_PIXELS:
+        raise VideoError(f"{count} times {width:.0f} x {height:.0f} pixels are too many")
+    return max(round(width), 1), max(round(height), 1)
+
+
+def _cut(frame, size, place):
     if size is None:
-        return width, height
-    scale = size / min(width, height)
-    return max(size, round(width * scale)), max(size, round(height * scale))
+        return frame
+    top, left = (round((n - s) * p) for n, s, p in zip(frame.shape, size[::-1], place))
+    return frame[top : top + size[1], left : left + size[0]]
 
 
-def _read_folder(path, pick, size):
-    def number_order(name):  # 2 before 10
-        return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
+def _open_picture(path):
+    """A `PIL.Image` that is no larger than MAX_PIXELS. Raises VideoError, OSError and others."""
+    if not os.path.isfile(path) and os.path.exists(path):
+        raise VideoError("not a file")  # reading from a pipe or a device might never end
+    image = Image.open(path, formats=PICTURE_FORMATS)
+    if image.width * image.height > MAX_PIXELS:
+        raise VideoError(f"{image.width} x {image.height} pixels are too many")
+    return image
 
-    names = [name for name in os.listdir(path) if _suffix(name) in IMAGES and name[0] != "."]
-    if not names:
-        raise VideoError("a folder without pictures")
-    names.sort(key=number_order)
-    times, frames = np.arange(len(names)) / FOLDER_FPS, []
-    index = pick(times)
+
+def _to_rgb(image):
+    """A picture as it is to be seen: upright, with 8 bits for each colour."""
+    image = ImageOps.exif_transpose(image)  # phones turn the label only
+    if image.mode[0] in "IF":  # Pillow would cut these off at 255
+        values, top = np.asarray(image, np.float64), 1 if image.mode == "F" else 65535
+        if not (values >= 0).all() or not (values <= top).all():
+            raise VideoError(f"its values do not lie between 0 and {top}")
+        image = Image.fromarray((values * (255 / top)).round().astype(np.uint8))
+    return image.convert("RGB")
+
+
+def _read_pictures(path, pick, size, place):
+    """The frames of a folder, or of an animated WebP, which ffmpeg does not read."""
+    if os.path.isdir(path):
+        names = [name for name in os.listdir(path) if _suffix(name) in IMAGES and name[0] != "."]
+        if not names:
+            raise VideoError("a folder without pictures")
+        # 2 before 10: every second part is a number.
+        names.sort(key=lambda name: [int(part) if i % 2 else part for i, part in
+                                     enumerate(re.split(r"([0-9]+)", name))])  # fmt: skip
+        times = np.arange(len(names)) / FOLDER_FPS
+    else:
+        with _open_picture(path) as image:
+            durations = [0]
+            for i in range(image.n_frames):
+                image.seek(i)
+                image.load()
+                durations.append(image.info["duration"] / 1000)
+        times, names = np.cumsum(durations)[:-1], None
+    frames, index = [], pick(times)
     for i in index:
-        with Image.open(Path(path, names[i])) as image:
-            image = image.convert("RGB")
-            frames.append(np.asarray(image.resize(short_side(*image.size, size))))
+        with _open_picture(Path(path, names[i]) if names else path) as image:
+            if not names:
+                image.seek(i)
+            image = _to_rgb(image)
+            image = image.resize(_cover(*image.size, size, len(index)))
+            frames.append(_cut(np.asarray(image), size, place))
     return frames, times[index]
 
 
-def _read_file(path, pick, size):
+def _is_animation(path):
+    if _suffix(path) != ".webp" or not os.path.isfile(path):
+        return False
+    with open(path, "rb") as file:
+        head = file.read(21)
+    return head[12:16] == b"VP8X" and head[20] & 2 > 0
+
+
+def _read_file(path, pick, size, place):
     import av
-    from av.video.reformatter import VideoReformatter
+    from av.video.reformatter import Interpolation, VideoReformatter
 
     reformatter = VideoReformatter()  # keeps its tables from frame to frame
+    # Without the last two flags some sizes come out 1.5 levels too dark.
+    method = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
 
     def convert(frame):
-        width, height = short_side(frame.width, frame.height, size)
+        # The display matrix, [[a, b, _], [c, d, _], ...], turns (x, y) into (ax + cy, bx + dy).
+        matrix = frame.side_data.get("DISPLAYMATRIX")
+        a, b, _, c, d = np.frombuffer(matrix, np.int32)[:5] if matrix else (1, 0, 0, 0, 1)
+        turned = abs(b) > abs(a)
+        target = size[::-1] if turned and size else size
+        width, height = _cover(frame.width * video.aspect, frame.height, target, len(index))
         # One step for size and colours, in C. Shrinking widens the kernel, so nothing aliases.
-        image = reformatter.reformat(frame, width, height, "rgb24", interpolation="BICUBIC")
-        return np.rot90(image.to_ndarray(), frame.rotation // 90)  # phones turn the frame only
+        image = reformatter.reformat(frame, width, height, "rgb24", interpolation=method)
+        image = image.to_ndarray().swapaxes(0, int(turned))
+        down, right = (b, c) if turned else (d, a)
+        return _cut(image[:: -1 if down < 0 else 1, :: -1 if right < 0 else 1], size, place)
 
-    # ffmpeg would take the start of a relative path such as "a:b.mp4" for a protocol.
-    with av.open(os.path.abspath(path)) as container:
-        if not container.streams.video:
-            raise VideoError("there is no video in it")
-        stream = container.streams.video[0]
-        pts, keys = _timestamps(container, stream)
-        times = (pts - pts[0]) * float(stream.time_base)
+    if not os.path.isfile(path) and os.path.exists(path):
+        raise VideoError("not a file")  # reading from a pipe or a device might never end
+    if _breaks_off(path):
+        raise VideoError("truncated: the end of it is missing")
+    video = _Video(path)
+    for recount in (True, False):
+        times = (video.times - video.times[0]) * video.unit
         index = pick(times)
-        frames, frame, position = [], None, pts[0] - 1
-        for target in pts[index]:
-            key = keys[np.searchsorted(keys, target, side="right") - 1]
-            if key > position:  # a key frame lies between: nothing before it needs to be decoded
-                container.seek(int(key), stream=stream)
-                decoder = container.decode(stream)
-            while position < target:
-                following = next(decoder, None)
-                if following is None:  # some codecs never deliver the last frame or two
-                    if frame is None or position < pts[0] + 0.9 * (pts[-1] - pts[0]):
-                        raise VideoError("not all of it can be decoded")
-                    position = pts[-1]
-                elif following.is_corrupt:
-                    raise VideoError("a frame in it is damaged")
-                else:
-                    frame, position = following, _pts(following)
-            frames.append(convert(frame))
-    return frames, times[index]
+        try:
+            return [convert(frame) for frame in video.frames(index)], times[index]
+        except (_Unexpected, av.error.InvalidDataError):
+            if not recount:
+                raise
+            video.recount()
 
 
-def _pts(part):
-    """Presentation time of a packet or frame. Old AVI files tell the decoding time alone."""
-    return part.dts if part.pts is None else part.pts
+def _breaks_off(path):
+    """Whether an AVI, MP4 or Matroska file ends before its pictures do, by the lengths of its
+    outermost parts. What it says of its duration is no proof."""
+    total, end = os.path.getsize(path), 0
+    with open(path, "rb") as file:
+        while end < total and (head := file.read(16)):
+            unknown = 0  # a length that was never filled in
+            if head[:4] == b"RIFF":  # some programs count the first 8 bytes and some do not
+                length, unknown = int.from_bytes(head[4:8], "little"), 2**32 - 1
+                end += length + length % 2
+            elif head[:4] in (b"\x1aE\xdf\xa3", b"\x18S\x80g"):  # EBML header, Segment
+                size = 9 - head[4].bit_length()  # of the length
+                unknown = 2 ** (7 * size) - 1
+                length = int.from_bytes(head[4 : 4 + size], "big") & unknown
+                end += 4 + size + length
+            elif head[4:8] in (b"ftyp", b"free", b"mdat", b"moof", b"moov", b"wide"):
+                length = int.from_bytes(head[:4], "big")
+                length = int.from_bytes(head[8:], "big") if length == 1 else length
+                end += length
+            else:
+                return False
+            if length in (0, unknown):
+                return False
+            end += 8 * (head[:4] == b"RIFF" and end + 8 <= total)
+            file.seek(end)
+    return end > total
 
 
-def _timestamps(container, stream):
-    """When all frames and when the key frames are shown: two ascending int64 arrays in units of
-    stream.time_base, taken from the packets without decoding any. Raises VideoError for a file
-    that is shorter than its header says."""
-    pts, keys, last = [], [], 0
-    for packet in container.demux(stream):
-        # The last packet is empty; those before the start of an edited MP4 are not to be shown.
-        if packet.size and _pts(packet) is not None and not packet.is_discard:
-            pts.append(_pts(packet))
-            last = packet.duration or 0
-            if packet.is_keyframe:
-                keys.append(pts[-1])
-    if not pts:
-        raise VideoError("there are no frames in it")
-    # Of a cut AVI file only the number of frames in the header tells the truth, of others the
-    # duration. The last frame is shown as long as its packet says, or as the others on average.
-    if container.format.name == "avi" and len(pts) < 0.9 * stream.frames:
-        raise VideoError(f"truncated: {len(pts)} of {stream.frames} frames")
-    pts = np.unique(pts)
-    unit = float(stream.time_base)
-    length = stream.duration * unit if stream.duration else (container.duration or 0) / 1e6
-    end = (pts[-1] - pts[0] + max(last, (pts[-1] - pts[0]) / max(len(pts) - 1, 1))) * unit
-    if len(pts) > 1 and end < 0.9 * length:
-        raise VideoError(f"truncated: it ends after {end:.1f} of {length:.1f} s")
-    return pts, np.unique([pts[0], *keys])
+class _Unexpected(ValueError):
+    """Decoding gives other frames than the packets of the file promise."""
 
 
-def read_image(path, size):
+class _Video:
+    """The best video stream of a file.
+
+    times (n,): of its frames in the order of display, in units of `unit` seconds; sizes: of their
+    packets; keys: numbers of the key frames; exact: frames carry just these times, and may be
+    looked for; aspect: how much wider than high a pixel is.
+    """
+
+    def __init__(self, path):
+        from av.stream import Disposition
+
+        self.path = os.path.abspath(path)  # or ffmpeg takes "a:b.mp4" for a protocol
+        with self.open() as container:
+            packets = {s.index: [] for s in container.streams.video if s.codec_context}
+            for packet in container.demux([container.streams[i] for i in packets] or ()):
+                if packet.is_corrupt:
+                    raise VideoError("damaged or truncated")
+                # An empty packet is a repeated frame of an AVI, or the end; those before the start
+                # of an edited MP4 are not to be shown.
+                if packet.size and not packet.is_discard and packet.stream.index in packets:
+                    time = packet.dts if packet.pts is None else packet.pts
+                    packets[packet.stream.index].append(
+                        (time, packet.size, packet.is_keyframe, packet.pts is None)
+                    )
+            most = max(map(len, packets.values()), default=0)
+            if not most:
+                raise VideoError("there is no video in it")
+
+            def rank(number):  # a thumbnail has few frames, a preview few pixels
+                stream = container.streams[number]
+                return (Disposition.attached_pic not in stream.disposition,
+                        2 * len(packets[number]) >= most,
+                        Disposition.default in stream.disposition, stream.width * stream.height)
+
+            self.number = max(packets, key=rank)
+            stream = container.streams[self.number]
+            times, sizes, keys, guessed = np.array(packets[self.number], float).T
+            order = np.argsort(times, kind="stable")
+            self.times, self.sizes = times[order], sizes[order]
+            rising = (np.diff(self.times) > 0).all()
+            # B-frames are shown in another order than they are stored in. Where the times do not
+            # say so they are those of storing, as always in AVI.
+            avi, delayed = container.format.name == "avi", stream.codec_context.has_b_frames
+            stored = delayed and (np.diff(order) == 1).all()
+            self.exact = bool(rising and not guessed.any() and not avi and not stored)
+            self.keys = np.flatnonzero(keys[order]) if self.exact else np.array([], int)
+            self.unit = float(stream.time_base)
+            self.interval = 1 / float(stream.average_rate or FOLDER_FPS) / self.unit
+            self.aspect = float(stream.sample_aspect_ratio or 1)
+            if not rising or avi and delayed:
+                self.times = np.arange(len(times)) * self.interval
+
+    def open(self):
+        import av
+
+        return av.open(self.path, options=FFMPEG)
+
+    def decode(self, key=None):
+        """The frames in the order of display, from the start or from a key frame on."""
+        import av
+
+        with self.open() as container:
+            stream, begun = container.streams[self.number], False
+            stream.codec_context.options = {"max_pixels": FFMPEG["max_pixels"]}
+            if key is not None:
+                container.seek(int(self.times[key]), stream=stream)
+            for packet in container.demux(stream):
+                # A seek may end anywhere, and in MPEG-PS packets have other times after it.
+                if key is None or (packet.pts, packet.size) == (self.times[key], self.sizes[key]):
+                    key = None
+                    try:
+                        # Empty ones in the middle would be taken for the end.
+                        for frame in packet.decode() if packet.size or packet.dts is None else ():
+                            begun = True
+                            yield frame
+                    except av.error.InvalidDataError:
+                        if begun:  # before, frames may lack those that they build on
+                            raise
+
+    def frames(self, index):
+        """The wanted frames. Raises _Unexpected where decoding gives other frames than expected,
+        and VideoError for a damaged one."""
+        decoder, position = self.decode(), -1
+        for i, wanted in enumerate([0, *index]):  # what was cut out may lack its first frames
+            near = self.keys[(self.keys > position + 1) & (self.keys <= wanted)]
+            for key in near[:-4:-1]:  # a seek may end too late: then from an earlier key frame on
+                ahead = self.decode(key)
+                frame = next(ahead, None)
+                first = len(self.times) if frame is None else self.times.searchsorted(frame.pts)
+                if position < first <= wanted:
+                    decoder, position = itertools.chain([frame], ahead), first - 1
+                    break
+            while position < wanted:
+                frame, position = next(decoder, None), position + 1
+                if frame is None or self.exact and frame.pts != self.times[position]:
+                    raise _Unexpected("its frames cannot be counted")
+                if frame.is_corrupt:
+                    raise (_Unexpected if self.exact else VideoError)("a frame in it is damaged")
+            if i:
+                yield frame
+        if position == len(self.times) - 1 and next(decoder, None):
+            raise _Unexpected("it holds more frames than it says")
+
+    def recount(self):
+        """Correct `times` by decoding the whole file; frames are to be counted from now on."""
+        self.exact, self.keys = False, self.keys[:0]
+        found = np.array([frame.pts for frame in self.decode()], float)
+        if not len(found):
+            raise VideoError("nothing in it can be decoded")
+        if len(found) != len(self.times):
+            rising = (np.diff(found) > 0).all()
+            self.times = found if rising else np.arange(len(found)) * self.interval
+
+
+def read_image(path: Path, size: int) -> np.ndarray:
     """The middle of a picture file: uint8 (size, size, 3). Raises VideoError."""
     try:
-        with Image.open(path) as image:
-            image = ImageOps.exif_transpose(image).convert("RGB")  # phones turn the label only
+        with _open_picture(path) as image:
+            return middle_square(np.asarray(_to_rgb(image)), size)
+    except VideoError:
+        raise
     except Exception as error:  # damaged files fail in many ways
         raise VideoError(_reason(error)) from error
-    return middle_square(np.asarray(image), size)
 
 
-def middle_square(picture, size):
+def middle_square(picture: np.ndarray, size: int) -> np.ndarray:
     """The middle of a picture, as large as fits: uint8 (h, w, 3) -> (size, size, 3)."""
     # A frame that was enlarged for viewing becomes the very pixels that it was made of.
     whole = min(picture.shape[:2]) % size == 0
@@ -281,26 +496,45 @@ def middle_square(picture, size):
     return np.asarray(ImageOps.fit(Image.fromarray(picture), (size, size), method))
 
 
-def prefetch(function, items, workers=None):
+def prefetch(function: Callable, items: Iterable, workers: int | None = None) -> Iterator:
     """Yields function(item) for each item in order, computed ahead by threads.
 
     Threads are enough for videos: PyAV lets the others run while it decodes. workers: their number,
-    the processor's cores by default. What `function` raises is raised here.
+    the processor's cores by default. What `function` raises is raised here. A thread that hangs, in
+    a read from a stalled disk, does not keep the program from ending.
     """
-    workers = workers or min(os.cpu_count() or 1, 16)
-    pool, ahead = ThreadPoolExecutor(workers), deque()
+    workers, stopped = workers or min(os.cpu_count() or 1, 16), threading.Event()
+    waiting, ahead = SimpleQueue(), deque()
+
+    def work():
+        for future, item in iter(waiting.get, None):
+            try:
+                future.set_result(None if stopped.is_set() else function(item))
+            except BaseException as error:
+                future.set_exception(error)
+
+    threads = [threading.Thread(target=work, daemon=True) for _ in range(workers)]
+    for thread in threads:
+        thread.start()
     try:
         for item in items:
-            ahead.append(pool.submit(function, item))
+            ahead.append(Future())
+            waiting.put((ahead[-1], item))
             if len(ahead) > 2 * workers:
                 yield ahead.popleft().result()
         while ahead:
             yield ahead.popleft().result()
     finally:
-        pool.shutdown(wait=False, cancel_futures=True)
+        stopped.set()
+        for _ in threads:
+            waiting.put(None)
+        for thread in threads:  # most are done soon: none is to run while the program ends
+            thread.join(0.2)
 
 
-def read_ahead(dataset, indices, workers=None):
+def read_ahead(
+    dataset, indices: Iterable[int], workers: int | None = None
+) -> Iterator[tuple[int, Sample | None]]:
     """Yields (index, `Sample`) for each index in order; the sample is None for a video that cannot
     be used, and `dataset.skipped` says why. Raises DataError where none is left."""
 
@@ -315,59 +549,96 @@ def read_ahead(dataset, indices, workers=None):
 
 # ------------------------------------------------------------------------------ captions
 
-CAPTION_FILES = ("captions.csv", "captions.jsonl", "metadata.jsonl")
+TABLES = (".csv", ".json", ".jsonl", ".ndjson", ".tsv")
+FILE_COLUMNS = ("file", "file_name", "filename", "video", "video_path", "video_file", "video_name",
+                "media_path", "path", "file_path", "filepath", "clip")  # fmt: skip
+CAPTION_COLUMNS = ("caption", "captions", "text", "prompt", "cap", "description", "sentence")
+# Two lists whose lines belong together, as finetrainers and CogVideoX take them.
+CAPTION_LISTS = ("prompts.txt", "prompt.txt", "captions.txt", "caption.txt")
+VIDEO_LISTS = ("videos.txt", "video.txt")
+CAPTION_FOLDERS = ("labels", "captions")  # beside a folder `videos`
+# Folders that are not named after what happens in them.
+PLAIN_FOLDERS = ("clips", "data", "dataset", "dev", "eval", "frames", "media", "test", "testing",
+                 "train", "training", "val", "valid", "validation", "video", "videos")  # fmt: skip
+# What looks like captions: names and kinds of files.
+CAPTION_NAMES = ("annotation", "annotations", "dataset", "description", "descriptions", "label",
+                 "labels", "meta", "metadata", "sentences", "test", "text", "texts", "train",
+                 "val", "validation", "videos")  # fmt: skip
+SPREADSHEETS = (".arrow", ".ods", ".parquet", ".xls", ".xlsx")
+CAPTION_KINDS = (*TABLES, *SPREADSHEETS, ".caption", ".srt", ".txt", ".vtt", ".xml", ".yaml",
+                 ".yml")  # fmt: skip
+MAX_TEXT = 2**28  # bytes of a table
 
 
-def find_captions(folder):
+# What is no caption: numbers, and what programs write where there is nothing.
+NO_CAPTION = re.compile(r"\s*([\d\s.,+-]*|nan|none|null)\s*", re.IGNORECASE)
+
+
+def find_captions(folder: Path) -> tuple[list, str]:
     """The videos of a folder and their captions: ([(name, caption), ...], where they come from).
 
-    Names are paths below `folder`, with "/". The first of these that fits:
-    1. one of CAPTION_FILES, with the columns or keys `file` (or `file_name`) and `caption` (or
-       `text`);
-    2. a `.txt` file beside each video, of the same name;
-    3. folders, named after what happens in them; those of UCF-101 become whole sentences;
-    4. the name of the file itself.
-    Links are followed; hidden files are not looked at. Raises DataError where there is no video, or
-    a caption is missing.
+    Names are paths below `folder`, with "/"; a caption is a string, or a list of strings where a
+    video has several. Captions come from all of these, in the folder and below it:
+    1. tables of the kinds TABLES with one of FILE_COLUMNS and one of CAPTION_COLUMNS. A .json holds
+       a list of rows, or maps names to captions. Paths start from the table or from `folder`;
+    2. one of CAPTION_LISTS with one of VIDEO_LISTS beside it;
+    3. a .txt file for each video, of the same name, beside it or in one of CAPTION_FOLDERS. Each
+       line is a caption.
+    Where there is none of them, they are
+    4. the names of the folders; those of UCF-101, and the files that are named like its files,
+       become whole sentences;
+    5. the names of the files.
+    Links are followed; hidden files are not looked at. Raises DataError where there is no video, a
+    caption is missing or has two versions, or a file looks like captions but cannot be used.
     """
-    folder = Path(folder)
+    return _find(Path(folder))[:2]
+
+
+def _find(folder):
+    """As `find_captions`, and {name: reason} of what a table names for nothing, the videos that no
+    table names, and the files of other kinds."""
     if not os.path.isdir(folder):  # Path.is_dir raises an error for names that are too long
         raise DataError(f"{folder} is neither a folder of videos nor `shapes`, the built-in clips")
-    for name in CAPTION_FILES:
-        if (folder / name).is_file():
-            return _read_captions(folder, name), name
-    videos, texts = _find_videos(folder)
-    if not videos:
-        raise DataError(f"no videos in {folder}: it takes {', '.join(VIDEOS)} files, or folders of "
-                        "frames")
-    stems = {video: video[: -len(_suffix(video))] if _suffix(video) in VIDEOS else video
-             for video in videos}
-    without = [video for video in videos if f"{stems[video]}.txt" not in texts]
-    if not without:
-        return [(v, _read_text(folder / f"{stems[v]}.txt")) for v in videos], ".txt files"
-    if len(without) < len(videos):
+    videos, others = _walk(folder)
+    if folder.absolute().name == "videos":  # their captions may lie beside it
+        for name in CAPTION_FOLDERS:
+            others += [f"../{name}/{other}" for other in _walk(folder.absolute().parent / name)[1]]
+    texts, tables, reasons = _texts(videos, others), {}, {}
+    for name in others:
+        try:
+            if not (rows := list(_rows(folder, name, texts.get(name), others))):
+                raise ValueError("it is empty")
+            tables[name] = rows
+        except (OSError, ValueError, RecursionError) as error:
+            reasons[name] = _reason(error)
+    # A list of captions that could be used has used the list of videos beside it.
+    pairs = {os.path.dirname(name) for name in tables
+             if os.path.basename(name).lower() in CAPTION_LISTS}  # fmt: skip
+    others = [name for name in reasons if os.path.dirname(name) not in pairs
+              or os.path.basename(name) not in VIDEO_LISTS]  # fmt: skip
+    _check_unused(folder, videos, others, reasons, bool(tables))
+    captions, missing = _merge(folder, tables)
+    without = [video for video in videos if video not in captions]
+    if tables and set(tables) <= set(texts) and without:
         raise DataError(f"{len(without)} of {len(videos)} videos in {folder} have no .txt file with"
                         f" a caption beside them, such as {without[0]}")
-    captions = []
-    for video in videos:
-        *folders, name = stems[video].split("/")
-        captions.append(UCF101.get(folders[-1], words(folders[-1])) if folders else words(name))
-    return list(zip(videos, captions)), "names of folders and files"
+    if tables and not captions:
+        raise DataError(f"{folder}: none of the {len(missing)} files is there that {min(tables)} "
+                        f"names, such as {min(missing)}; paths start from the table or the folder")
+    if not captions and not videos:
+        raise DataError(f"no videos in {folder}: it takes {', '.join(VIDEOS)} files, or folders of "
+                        "frames")
+    if not tables:
+        return [(v, _name_caption(v)) for v in videos], "names of folders and files", {}, [], others
+    source = ", ".join(sorted(set(tables) - set(texts))[:3]) or ".txt files"
+    items = [(video, c[0] if len(c) == 1 else c) for video, c in captions.items()]
+    return items, source, missing, without, others
 
 
-def words(name):
-    """A name as words: "ApplyEyeMakeup", "apply_eye-makeup" -> "apply eye makeup"."""
-    name = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", " ", name)
-    return " ".join(re.split(r"[\s_-]+", name)).strip().lower()
-
-
-def _suffix(name):
-    return os.path.splitext(name)[1].lower()
-
-
-def _find_videos(folder):
-    """Names of the videos, sorted, and of the .txt files, a set, in a folder and all below it."""
-    videos, texts, seen = [], set(), set()
+def _walk(folder):
+    """The names of the videos and of all other files in a folder and below it, sorted; without
+    pictures that are frames."""
+    videos, others, seen = [], [], set()
     for root, folders, files in os.walk(folder, followlinks=True):
         real = os.path.realpath(root)
         if real in seen:  # a link that leads in a circle
@@ -376,67 +647,204 @@ def _find_videos(folder):
         seen.add(real)
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         below = Path(root).relative_to(folder)
-        files = [(below / name).as_posix() for name in files if not name.startswith(".")]
-        found = [name for name in files if _suffix(name) in VIDEOS]
-        if not found and root != str(folder) and any(_suffix(name) in IMAGES for name in files):
-            found = [below.as_posix()]  # pictures and no videos: the folder itself is a video
+        files = {(below / name).as_posix() for name in files if not name.startswith(".")}
+        found = {n for n in files if _suffix(n) in VIDEOS or _is_animation(folder / n)}
+        pictures = {name for name in files - found if _suffix(name) in IMAGES}
+        if pictures and not found and root != str(folder):
+            found = {below.as_posix()}  # pictures and no videos: the folder itself is a video
+            files -= pictures
         videos += found
-        texts.update(name for name in files if _suffix(name) == ".txt")
-    return sorted(videos), texts
+        others += files - found
+    return sorted(videos), sorted(others)
+
+
+def _suffix(name):
+    return os.path.splitext(name)[1].lower()
+
+
+def _stem(video):
+    return video[: -len(_suffix(video))] if _suffix(video) in (*VIDEOS, ".webp") else video
+
+
+def words(name: str) -> str:
+    """A name as words: "ApplyEyeMakeup", "apply_eye-makeup" -> "apply eye makeup"."""
+    name = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", " ", name)
+    return " ".join(re.split(r"[\s_-]+", name)).strip().lower()
+
+
+def _name_caption(video):
+    *folders, name = _stem(video).split("/")
+    named = [folder for folder in folders if folder.lower() not in PLAIN_FOLDERS]
+    flat = re.fullmatch(r"v_([A-Za-z]+)_g\d+_c\d+", name)
+    name = flat[1] if flat else [name, *named][-1]
+    sentence = {key.lower(): value for key, value in UCF101.items()}.get(name.lower())
+    return sentence or words(name).encode(errors="replace").decode() or name  # not always text
+
+
+def _texts(videos, others):
+    """{name of a .txt file: videos whose captions it holds}."""
+    available, found = {name[:-4]: name for name in others if _suffix(name) == ".txt"}, {}
+    for video in videos:
+        stem = _stem(video)
+        head, parallel, tail = f"/{stem}".rpartition("/videos/")
+        names = [stem, video, *(f"../{other}/{stem}" for other in CAPTION_FOLDERS)]
+        names += [f"{head}/{other}/{tail}"[1:] for other in CAPTION_FOLDERS if parallel]
+        for name in {available[name] for name in names if name in available}:
+            found.setdefault(name, []).append(video)
+    return found
 
 
 def _read_text(path):
+    """The text of a file in UTF-8 or UTF-16. Raises OSError and ValueError."""
+    if not os.path.isfile(path) or os.path.getsize(path) > MAX_TEXT:
+        raise ValueError(f"it is not a file of at most {MAX_TEXT} bytes")
+    content = Path(path).read_bytes()
     try:
-        text = path.read_text(encoding="utf-8-sig").split()
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path} cannot be read as UTF-8 text") from error
-    if not text:
-        raise DataError(f"{path} is empty: it must hold the caption of the video beside it")
-    return " ".join(text)
+        utf16 = content[:2] in (b"\xff\xfe", b"\xfe\xff")
+        return content.decode("utf-16" if utf16 else "utf-8-sig")
+    except ValueError as error:
+        raise ValueError("it is not UTF-8 text") from error
 
 
-def _read_captions(folder, name):
-    """[(name, caption), ...] of a .csv or .jsonl file."""
-    path, items = folder / name, []
+def _rows(folder, name, videos, others):
+    """Yields (where, file, caption) of a file; `videos` are those that it lies beside. Raises
+    ValueError where it does not hold captions."""
+    path, suffix = folder / name, _suffix(name)
+    partner = next((path.with_name(other) for other in VIDEO_LISTS
+                    if os.path.join(os.path.dirname(name), other) in others), None)  # fmt: skip
+    if videos or partner and path.name.lower() in CAPTION_LISTS:
+        captions = _read_text(path).rstrip().split("\n")
+        files = [None] * len(captions) if videos else _read_text(partner).rstrip().split("\n")
+        if len(files) != len(captions):
+            raise ValueError(f"it has {len(captions)} lines, and {partner.name} {len(files)}")
+        for i, (file, caption) in enumerate(zip(files, captions), 1):
+            for video in (videos if caption.strip() else []) if videos else [file]:
+                yield f"line {i}", video, caption
+        return
+    if suffix not in TABLES:
+        raise ValueError("it is of another kind")
+    text, line, columns = _read_text(path), 0, {}
+    if suffix in (".csv", ".tsv"):
+        line = 1
+        delimiter = max(",;\t", key=text.split("\n", 1)[0].count)
+        rows = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True,
+                              skipinitialspace=True)  # fmt: skip
+    elif suffix == ".json":
+        rows = json.loads(text)
+        if isinstance(rows, dict):  # {name: caption}, or {name: row}
+            rows = [{"file": key, **(row if isinstance(row, dict) else {"caption": row})}
+                    for key, row in rows.items()]  # fmt: skip
+        rows = rows if isinstance(rows, list) else [rows]
+    else:
+        rows = (json.loads(line) if line.strip() else None for line in text.split("\n"))
     try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            rows = csv.DictReader(file) if name.endswith(".csv") else file
-            for row in rows:
-                if not isinstance(row, dict):  # a line of a .jsonl file
-                    if not row.strip():
-                        continue
-                    row = json.loads(row)
-                items.append(_read_row(row, f"{path}, clip {len(items) + 1}"))
-    except DataError:
-        raise
-    except (OSError, ValueError, csv.Error) as error:
-        raise DataError(f"{path} cannot be read after clip {len(items)}: {error}") from error
-    if not items:
-        raise DataError(f"{path} names no videos")
-    missing = [video for video, _ in items if not os.path.exists(folder / video)]
-    if missing:
-        raise DataError(f"{path}: {len(missing)} of {len(items)} files do not exist, such as "
-                        f"{missing[0]}")
-    return items
+        for i, row in enumerate(rows, 1):
+            line = getattr(rows, "line_num", i)
+            where = f"{'entry' if suffix == '.json' else 'line'} {line}"
+            if row is None:
+                continue
+            if not isinstance(row, dict):
+                raise ValueError(f'{where} is no {{"file": "...", "caption": "..."}}')
+            if None in row:
+                raise ValueError(f"{where} has too many columns; commas need quotation marks")
+            keys = {re.sub(r"[\s-]+", "_", str(key).strip().lower()): key for key in row}
+            for kind, names in (("file", FILE_COLUMNS), ("caption", CAPTION_COLUMNS)):
+                columns[kind] = next((keys[n] for n in names if n in keys), columns.get(kind))
+            if None in columns.values():
+                raise ValueError(f"its columns are {', '.join(map(str, row))}")
+            yield where, row.get(columns["file"]), row.get(columns["caption"])
+    except csv.Error as error:
+        raise ValueError(f"line {line + 1}: {error}; a quotation mark is not closed?") from error
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise ValueError(f"line {line + 1}: {error}") from error
 
 
-def _read_row(row, where):
-    """(name, caption) of one row of a caption file."""
-    if not isinstance(row, dict):
-        raise DataError(f'{where}: not of the form {{"file": "...", "caption": "..."}}')
-    video, caption = row.get("file", row.get("file_name")), row.get("caption", row.get("text"))
-    if not (isinstance(video, str) and isinstance(caption, str) and video and caption.strip()):
-        keys = ", ".join(str(key) for key in row if key is not None)
-        raise DataError(f"{where}: no file and caption; the columns are {keys}, and must be file, "
-                        "caption")
-    if None in row:
-        raise DataError(f"{where}: more columns than names of columns; a caption with a comma "
-                        "needs quotation marks around it")
-    return video, " ".join(caption.split())
+def _locate(folder, base, file):
+    """The name below `folder` of what a table in its folder `base` calls `file`, or None."""
+    for path in (file.strip(), file.strip().replace("\\", "/")):
+        for start in (base, ""):
+            name = os.path.normpath(os.path.join(start, path))
+            # A path that leads out of the folder must begin like one.
+            outside = name.startswith("..") and not path.startswith("..")
+            if path and not outside and os.path.exists(folder / name):
+                return name.removeprefix(f"{folder.absolute()}/")
+    return None
 
 
-def read_split(folder, split):
-    """File names in one of UCF-101's official lists, "train01" to "test03": a set.
+def _merge(folder, tables):
+    """{video: captions} of all tables, and {file: reason} of what is not there. Raises DataError
+    for captions that are not words or contradict each other."""
+    merged, missing, origin = {}, {}, {}
+    for table, rows in tables.items():
+        placed, base = {}, os.path.dirname(table)
+        for where, file, caption in rows:
+            captions = caption if isinstance(caption, list) and caption else [caption]
+            if not isinstance(file, str) or not file.strip():
+                raise DataError(f"{folder / table}, {where}: no name of a file")
+            name = _locate(folder, base, file)
+            for text in captions:
+                if not isinstance(text, str) or NO_CAPTION.fullmatch(text):
+                    raise DataError(f"{folder / table}, {where}: no caption but {str(text)[:40]!r}")
+                later = [re.split("[,;\t]", line)[0] for line in text.split("\n")[1:]]
+                if any(_locate(folder, base, line) for line in later):
+                    raise DataError(f"{folder / table}, {where}: a quotation mark is not closed")
+                text = " ".join(text.encode(errors="replace").decode().split())
+                if name and text not in placed.setdefault(name, []):
+                    placed[name].append(text)
+            if not name:
+                missing[file.strip()] = f"{table} names it, and it is not there"
+        for name, captions in placed.items():
+            if merged.setdefault(name, captions) != captions:
+                raise DataError(f"{folder}: {origin[name]} and {table} give {name} different "
+                                "captions; take one of them out of the folder")
+            origin.setdefault(name, table)
+    return merged, missing
+
+
+def _check_unused(folder, videos, others, reasons, explicit):
+    """Raises DataError where one of the other files looks like captions: with the wrong captions a
+    training is lost. explicit: there are captions besides."""
+    names = {os.path.basename(video) for video in videos}
+    stems = {_stem(name).lower() for name in names}
+    for name in others:
+        stem, suffix = os.path.splitext(os.path.basename(name).lower())
+        listed = stem in CAPTION_NAMES and (suffix != ".txt" or stem + suffix in VIDEO_LISTS)
+        beside = stem in stems and (suffix == ".txt" or not explicit)
+        sheet = suffix in SPREADSHEETS and not explicit
+        if suffix in CAPTION_KINDS and (
+            listed or beside or sheet or re.search("caption|prompt", stem)
+            or _mentions(folder / name, names, stems)
+        ):
+            raise DataError(
+                f"{folder / name} looks like captions and cannot be used ({reasons[name]}): "
+                f"captions are read from tables ({', '.join(TABLES)}) with the columns file and "
+                "caption, or from a .txt file beside each video; or take it out of the folder"
+            )
+
+
+def _mentions(path, names, stems):
+    """Whether a text names videos and says more about them than numbers."""
+    if not os.path.isfile(path):
+        return False
+    with open(path, "rb") as file:
+        lines = file.read(2**20).decode(errors="replace").replace("\0", "").splitlines()
+    begun, lines = 0, [line for line in lines if line.strip()]
+    for line in lines:
+        parts = re.split(r"""[,;\t|:"]""", line) + re.split(r"""[\s,;:"'|{}\[\]()]+""", line)
+        named = [part for part in parts if re.split(r"[\\/]", part.strip())[-1] in names]
+        begin = next(filter(None, map(str.strip, parts[::-1][-2::-1])), "")
+        rest = line
+        for part in named:
+            rest = rest.replace(part, "")
+        about = re.search(r"[^\W\d_]{2}", rest)
+        if named and about:
+            return True
+        begun += bool(about) and _stem(begin).lower() in stems
+    return 2 * begun > len(lines)
+
+
+def read_split(folder: Path, split: str) -> set[str]:
+    """File names in one of UCF-101's official lists, "train01" to "test03".
 
     The lists lie in the folder, or in `ucfTrainTestlist` inside or beside it. Raises DataError."""
     if not re.fullmatch(r"(train|test)0[123]", split):
@@ -445,8 +853,11 @@ def read_split(folder, split):
     lists = "ucfTrainTestlist"
     folder = Path(folder).absolute()
     for place in (folder, folder / lists, folder.parent / lists):
-        if (place / name).is_file():
-            lines = (place / name).read_text(encoding="utf-8").splitlines()
+        if (place / name).exists():
+            try:
+                lines = _read_text(place / name).splitlines()
+            except (OSError, ValueError) as error:
+                raise DataError(f"{place / name} cannot be read: {_reason(error)}") from error
             return {Path(line.split()[0]).name for line in lines if line.strip()}
     raise DataError(f"no {name} for --split {split}: put it into {folder / lists}")
 
@@ -458,23 +869,26 @@ class VideoFolder:
     """Captioned clips of the videos in a folder; `dataset[i]` is a `Sample` of video i.
 
     Videos and captions: see `find_captions`; split: see `read_split`. A clip has `frames` frames,
-    cut to `size` x `size` pixels (None: left as they are), that cover the whole action: they lie
-    evenly in time from the first to the last frame of the video, and the sample's `fps` is the rate
-    that results.
+    cut to `size`, (w, h) or the side of a square (None: left as they are), that cover the whole
+    action: they lie evenly in time from the first to the last frame of the video, and the sample's
+    `fps` is the rate that results.
     clip_seconds: only a window of this length, from a random place; stride: instead, every
     stride-th frame from a random one on. Random means drawn by (seed, i). flip: mirrors half of the
     clips; off, because left and right are words.
 
     `dataset[i]` raises VideoError where video i is unreadable or too short; its name and the reason
-    go into the dict `skipped`. Raises DataError where no video can be used.
+    go into the dict `skipped`, where those are too that a table names but that are not there.
+    `passing` has the names of those that may be readable another time, after an error of the disk.
+    Raises DataError where no video can be used.
     """
 
     def __init__(
-        self, folder, split=None, seed=0, frames=FRAMES, size=64, clip_seconds=None, stride=None,
-        flip=False,
+        self, folder: Path, split: str | None = None, seed: int = 0, frames: int = FRAMES,
+        size: int | tuple | None = 64, clip_seconds: float | None = None, stride: int | None = None,
+        flip: bool = False,
     ):
-        self.folder, self.skipped = Path(folder), {}
-        self.items, self.source = find_captions(folder)
+        self.folder, self.passing = Path(folder), set()
+        self.items, self.source, self.skipped, self.left_out, self.others = _find(self.folder)
         if split is not None:
             names = read_split(folder, split)
             self.items = [item for item in self.items if Path(item[0]).name in names]
@@ -483,10 +897,10 @@ class VideoFolder:
         self.seed, self.frames, self.size = seed, frames, size
         self.clip_seconds, self.stride, self.flip = clip_seconds, stride, flip
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.items)
 
-    def __getitem__(self, index):
+    def __getitem__(self, index: int) -> Sample:
         if not 0 <= index < len(self.items):
             raise IndexError(index)
         rng = np.random.default_rng((self.seed, index))
@@ -498,16 +912,25 @@ class VideoFolder:
             raise
         return Sample(self.caption(index), video, (self.frames - 1) / (times[-1] - times[0]))
 
-    def unusable(self):
+    def captions(self, index: int) -> list[str]:
+        """All captions of video i."""
+        captions = self.items[index][1]
+        return [captions] if isinstance(captions, str) else captions
+
+    def unusable(self) -> DataError:
         """The error that says that no video of the data set can be used."""
         name, why = min(self.skipped.items())
         return DataError(f"none of the {len(self.items)} videos in {self.folder} can be used; "
                          f"{name}: {why}")
 
-    def caption(self, index):
-        return self.items[index][1]
+    def caption(self, index: int, epoch: int = 0) -> str:
+        """One of them, drawn by (seed, i, epoch); that of epoch 0 is the one of `dataset[i]`."""
+        captions = self.captions(index)
+        if len(captions) == 1:
+            return captions[0]
+        return captions[np.random.default_rng((self.seed, index, epoch)).integers(len(captions))]
 
-    def random_frames(self, index, rng, count):
+    def random_frames(self, index: int, rng: np.random.Generator, count: int) -> np.ndarray:
         """`count` different frames of a video, cut out at one random place: uint8 (count, h, w,
         3)."""
 
@@ -517,19 +940,33 @@ class VideoFolder:
 
         return self._read(index, rng, pick, rng.random(2))[0]
 
-    def identity(self):
-        """All that the pictures depend on, as text."""
-        files = []
-        for name, _ in self.items:
-            try:
-                stat = os.stat(self.folder / name)
-                files.append((name, stat.st_size, stat.st_mtime_ns))
-            except OSError:  # a link to nowhere
-                files.append((name, None, None))
+    def identity(self) -> str:
+        """All that the pictures depend on, wherever the folder is, as text."""
+        files = [(name, _fingerprint(self.folder / name)) for name, _ in self.items]
         settings = (self.seed, self.frames, self.size, self.clip_seconds, self.stride, self.flip)
         return repr((PIXELS, settings, files))
 
-    def divide(self, every=20):
+    def summary(self) -> list[str]:
+        """Lines that tell what will be learned, and warn of what cannot be."""
+        count = Counter(text for i in range(len(self)) for text in self.captions(i))
+        spread = Counter(word for text in count for word in set(text.lower().split()))
+        rare = sum(spread[word] == 1 and count[text] == 1
+                   for text in count for word in set(text.lower().split()))  # fmt: skip
+        lines = [f"{len(self)} videos, {len(count)} different captions from {self.source}"]
+        lines += [f'{n} x "{text}"' for text, n in count.most_common(3)]
+        for names, what in ((self.left_out, "videos without a caption are left out"),
+                            (self.skipped, "videos that captions name are not there"),
+                            (self.others, "other files lie among them")):  # fmt: skip
+            if names:
+                lines.append(f"{len(names)} {what}, such as {min(names)}")
+        if len(count) == 1 and len(self) > 1:
+            lines.append("warning: all captions are the same, so that no text can be learned")
+        elif 2 * rare >= spread.total():
+            lines.append("warning: most words belong to one video only, so that what they mean "
+                         "cannot be learned")
+        return lines
+
+    def divide(self, every: int = 20) -> tuple["VideoFolder", "VideoFolder"]:
         """Two data sets: without every 20th video, and with nothing else. A single video is in
         both."""
         rest, part = copy.copy(self), copy.copy(self)
@@ -559,10 +996,30 @@ class VideoFolder:
             video, times = read_frames(self.folder / name, pick, self.size, place)
         except VideoError as error:
             self.skipped[name] = str(error)
+            self.passing.update([name] if error.passing else [])
             raise
         if self.flip and rng.random() < 0.5:
             video = np.ascontiguousarray(video[:, :, ::-1])
         return video, times
+
+
+def _fingerprint(path):
+    """Tells the contents of a file or folder of frames from others: sizes and three samples, since
+    reading all would take minutes."""
+    try:
+        if os.path.isdir(path):
+            names = [name for name in sorted(os.listdir(path)) if _suffix(name) in IMAGES]
+            return [(name, _fingerprint(path / name)) for name in names]
+        if not os.path.isfile(path):
+            return None
+        size, digest = os.path.getsize(path), hashlib.sha256()
+        with open(path, "rb") as file:
+            for position in (0, size // 2, max(size - 4096, 0)):
+                file.seek(position)
+                digest.update(file.read(4096))
+        return size, digest.hexdigest()
+    except OSError:
+        return None
 
 
 # ---------------------------------------------------------------------- the classes of UCF-101

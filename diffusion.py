@@ -20,11 +20,17 @@ simple diffusion (Hoogeboom 2023, 2301.11093), min-SNR (Hang 2023, 2303.09556), 
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from einops import reduce
-from torch import nn
+from torch import Tensor
+
+Model = Callable[[Tensor, Tensor], Tensor]  # model(x_t, t) -> output
+
+
+# ------------------------------------------------------------------------------ the noise schedule
 
 
 @dataclass(frozen=True)
@@ -55,7 +61,7 @@ class DiffusionConfig:
                 raise ValueError(f"{name} must be positive, got {value}")
 
 
-def make_alphas_cumprod(config):
+def make_alphas_cumprod(config: DiffusionConfig) -> Tensor:
     """The config's alphas_cumprod: float64 (T,), decreasing, inside [0, 1)."""
     if config.schedule == "linear":
         # DDPM section 4 gives the betas for T = 1000; other T keep about the same total noise.
@@ -78,47 +84,45 @@ def make_alphas_cumprod(config):
     return alphas_cumprod
 
 
-class NoiseSchedule(nn.Module):
+class NoiseSchedule:
     """q(x_t | x_start) and the conversions between x_start, eps and v.
 
-    Latents may have any rank and float dtype; t is int64 (b,) on the schedule's device. The
+    Latents may have any rank, float dtype and device; t is int64 (b,) on the same device. The
     arithmetic is float32 or better; results have the dtype of the latent that was passed.
+    alphas_cumprod: float64 (T,), always on the CPU, since some devices have no float64.
     """
 
-    def __init__(self, config):
-        super().__init__()
+    def __init__(self, config: DiffusionConfig):
         self.config = config
-        # persistent=False: the config rebuilds it.
-        self.register_buffer("alphas_cumprod", make_alphas_cumprod(config), persistent=False)
+        self.alphas_cumprod = make_alphas_cumprod(config)
+        if not (self.alphas_cumprod.diff() < 0).all():
+            raise ValueError(f"no schedule comes of shift {config.shift}: choose one nearer to 1")
+        self.tables = {}  # alpha and sigma of all t, (2, T), for each device and dtype
 
-    def _apply(self, fn, recurse=True):
-        # .half() or .to(torch.bfloat16) on a parent module would round alphas_cumprod (to exactly
-        # 1 at small t, so sigma = 0): follow the device only.
-        exact = self.alphas_cumprod
-        super()._apply(fn, recurse)
-        self.alphas_cumprod = exact.to(self.alphas_cumprod.device)
-        return self
-
-    def alpha_sigma(self, t, like):
+    def alpha_sigma(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         """(alpha_t, sigma_t), each (b, 1, .., 1) to broadcast over `like`, float32 or better."""
-        a = self.alphas_cumprod[t].reshape(-1, *[1] * (like.dim() - 1))
-        dtype = torch.promote_types(like.dtype, torch.float32)
-        # Cast last: 1 - a in float32 would cost the small sigmas half of their digits.
-        return a.sqrt().to(dtype), (1 - a).sqrt().to(dtype)
+        device, dtype = like.device, torch.promote_types(like.dtype, torch.float32)
+        if (device, dtype) not in self.tables:
+            a = self.alphas_cumprod
+            # Cast last: 1 - a in float32 would cost the small sigmas half of their digits.
+            table = torch.stack([a.sqrt(), (1 - a).sqrt()]).to(dtype)
+            self.tables[device, dtype] = table.to(device)
+        factors = self.tables[device, dtype][:, t]
+        return factors.reshape(2, -1, *[1] * (like.dim() - 1)).unbind()
 
-    def q_sample(self, x_start, t, noise):
+    def q_sample(self, x_start: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """x_t from x_start and unit noise of the same shape (DDPM eq. 4)."""
         alpha, sigma = self.alpha_sigma(t, x_start)
         return (alpha * x_start + sigma * noise).to(x_start.dtype)
 
-    def target(self, x_start, t, noise):
+    def target(self, x_start: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """What the network should output, in the shape and dtype of x_start."""
         alpha, sigma = self.alpha_sigma(t, x_start)
         # v: Salimans & Ho 2022 appendix D
         targets = {"v": alpha * noise - sigma * x_start, "eps": noise, "x_start": x_start}
         return targets[self.config.prediction].to(x_start.dtype)
 
-    def predict(self, output, x_t, t):
+    def predict(self, output: Tensor, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """(x_start, eps) that a network output means at x_t; both in the dtype of x_t."""
         alpha, sigma = self.alpha_sigma(t, x_t)
         if self.config.prediction == "eps":
@@ -130,21 +134,21 @@ class NoiseSchedule(nn.Module):
             x_start, eps = alpha * x_t - sigma * output, sigma * x_t + alpha * output
         return x_start.to(x_t.dtype), eps.to(x_t.dtype)
 
-    def output(self, x_start, x_t, t):
-        """The network output that means x_start at x_t, in the dtype of x_start: `predict`
-        backwards."""
+    def output(self, x_start: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        """The network output that means x_start at x_t (`predict` backwards), as x_start.dtype."""
         alpha, sigma = self.alpha_sigma(t, x_t)
         return self.target(x_start, t, (x_t - alpha * x_start) / sigma)
 
-    def loss_weight(self, t):
+    def loss_weight(self, t: Tensor) -> Tensor:
         """Min-SNR-gamma weights (b,), float32 (Hang 2023 section 3.4). 0 where SNR is 0."""
         if self.config.min_snr_gamma is None:
             return torch.ones_like(t, dtype=torch.float32)
-        snr = self.alphas_cumprod[t] / (1 - self.alphas_cumprod[t])
+        alpha, sigma = self.alpha_sigma(t, t.float())
+        snr = (alpha / sigma) ** 2
         # min(SNR, gamma) is for the squared error in x_start. The same mistake is SNR times larger
         # when it is measured in eps and SNR + 1 times in v, so those weights are divided by that.
         divisor = {"v": snr + 1, "eps": snr, "x_start": 1}[self.config.prediction]
-        return (snr.clamp(max=self.config.min_snr_gamma) / divisor).float()
+        return snr.clamp(max=self.config.min_snr_gamma) / divisor
 
     def timesteps(self, steps):
         """`steps` decreasing timesteps, T (1 - i / steps)^1.5 - 1 for i = 0, 1, ...
@@ -161,7 +165,11 @@ class NoiseSchedule(nn.Module):
         return [max(t_i, steps - i) - 1 for i, t_i in enumerate(t)]  # no timestep twice
 
 
-def diffusion_loss(model, schedule, x_start, t, noise, keep=None):
+# ------------------------------------------------------------------------------ loss and guidance
+
+
+def diffusion_loss(model: Model, schedule: NoiseSchedule, x_start: Tensor, t: Tensor,
+                   noise: Tensor, keep: Tensor | None = None) -> Tensor:
     """Mean squared error of the model's output at x_t, a float32 scalar (DDPM eq. 14).
 
     x_start, noise: (b, c, f, h, w); t: int64 (b,). keep: (b, f), 1 for the frames that count, 0
@@ -176,7 +184,7 @@ def diffusion_loss(model, schedule, x_start, t, noise, keep=None):
     return (schedule.loss_weight(t) * per_sample).mean()
 
 
-def guided(denoise_pair, scale, rescale=0.0):
+def guided(denoise_pair: Callable, scale: float, rescale: float = 0.0) -> Model:
     """Classifier-free guidance: a model(x_t, t) made from a pair of predictions.
 
     denoise_pair(x_t, t) returns the (conditional, unconditional) outputs, which the caller gets
@@ -203,74 +211,30 @@ def guided(denoise_pair, scale, rescale=0.0):
     return model
 
 
-# Given frames. given: their latents, clean, (b, c, f, h, w), any values at the other frames; mask:
-# bool (b, f), True at the given ones. Both of the following return a model(x_t, t) whose x_start is
-# `given` there, so every sampler ends with the given latents as they are. On the way it carries
-# them at the noise of its step, a draw from q(x_t | given): the replacement that Ho 2022, section
-# 3.1, describes (and Song 2021, 2011.13456, before) needs no other code.
-
-
-def replaced(model, schedule, given, mask):
-    """Replacement: the model never errs about the given frames, and sees them noisy in x_t.
-
-    Enough for a model that was shown the clean frames as well. Alone it is known to fail: the other
-    frames move towards E[x | x_t], not E[x | x_t, given], and agree too little with the given ones.
-    """
-    chosen = mask[:, None, :, None, None]
-
-    def wrapped(x_t, t):
-        x_start, _ = schedule.predict(model(x_t, t), x_t, t)
-        return schedule.output(torch.where(chosen, given.to(x_start), x_start), x_t, t)
-    return wrapped
-
-
-def reconstruction_guided(model, schedule, given, mask, weight=4.0):
-    """Reconstruction guidance (Ho 2022 eq. 7) for a model that was never shown clean frames.
-
-    x_start of the other frames moves down the gradient of how badly the model reconstructs the
-    given ones, which costs a backward pass per step. weight: w_r in the paper, above 1 because at
-    high noise the true q(given | x_t) is narrower than the Gaussian that stands for it there. Of
-    two unit Gaussian frames with correlation 0.9 one is given: with 4 the other's mean comes to
-    97% of the true conditional mean, with replacement to 50%.
-    """
-    chosen = mask[:, None, :, None, None]
-
-    def guided_by_error(x_t, t):
-        with torch.enable_grad():
-            x_t = x_t.detach().requires_grad_()
-            x_start, _ = schedule.predict(model(x_t, t), x_t, t)
-            error = torch.where(chosen, given.to(x_start) - x_start, 0).square().sum()
-            gradient = torch.autograd.grad(error, x_t)[0]
-        x_t, x_start = x_t.detach(), x_start.detach()
-        alpha, _ = schedule.alpha_sigma(t, x_t)
-        return schedule.output(x_start - weight * alpha / 2 * gradient, x_t, t)
-    return replaced(guided_by_error, schedule, given, mask)
-
+# ------------------------------------------------------------------------------ the samplers
 
 # Samplers. One signature; all return x_start, float32, not clamped (latents have no fixed range).
 #   model(x_t, t) -> output, with t an int64 tensor (b,); the output may be half precision
 #   x            unit noise (b, c, f, h, w), the state at t = T-1
 #   steps        network evaluations, 1..T, else ValueError
 #   randn_like   draws fresh unit noise like its argument; pass one with your own seeds
-#   progress     wraps the list of steps, for example tqdm
+#   watch        is called as watch(step, t, x_t, x_start) with each prediction, step = 0, 1, ..
 # `a` and `a_next` are alphas_cumprod before and after a step; a_next is 1, no noise, at the last.
 
-
-def sampling_steps(schedule, steps, progress=None):
-    """The list of (t, a, a_next) to walk through. Python floats, so float64 on every device."""
+def sampling_steps(schedule: NoiseSchedule, steps: int) -> list:
+    """[(step, (t, a, a_next)), ...] in Python's own numbers, so float64 on every device."""
     t = schedule.timesteps(steps)
     a = schedule.alphas_cumprod[t].tolist()
-    walk = list(zip(t, a, a[1:] + [1.0]))
-    return walk if progress is None else progress(walk)
+    return list(enumerate(zip(t, a, a[1:] + [1.0])))
 
 
-def denoise(model, schedule, x, t):
+def denoise(model: Model, schedule: NoiseSchedule, x: Tensor, t: int) -> tuple[Tensor, Tensor]:
     """(x_start, eps) predicted at x when the whole batch is at the timestep t (an int)."""
     t = torch.full((len(x),), t, dtype=torch.long, device=x.device)
     return schedule.predict(model(x, t), x, t)
 
 
-def posterior(a, a_next):
+def posterior(a: float, a_next: float) -> tuple[float, float, float]:
     """q(x_next | x_t, x_start): the mean's factors of x_start and x_t, and the variance.
 
     DDPM eq. 6-7. The ratio a / a_next is the alpha of one step of the chain that visits only the
@@ -282,11 +246,14 @@ def posterior(a, a_next):
 
 
 @torch.no_grad()
-def ddpm_sample(model, schedule, x, steps, randn_like=torch.randn_like, progress=None):
+def ddpm_sample(model: Model, schedule: NoiseSchedule, x: Tensor, steps: int,
+                randn_like=torch.randn_like, watch=None) -> Tensor:
     """Ancestral sampling (DDPM Algorithm 2) over any number of steps."""
     x = x.float()
-    for t, a, a_next in sampling_steps(schedule, steps, progress):
+    for step, (t, a, a_next) in sampling_steps(schedule, steps):
         x_start, _ = denoise(model, schedule, x, t)
+        if watch is not None:
+            watch(step, t, x, x_start)
         x_start_factor, x_t_factor, variance = posterior(a, a_next)
         x = x_start_factor * x_start + x_t_factor * x
         if variance > 0:
@@ -295,13 +262,16 @@ def ddpm_sample(model, schedule, x, steps, randn_like=torch.randn_like, progress
 
 
 @torch.no_grad()
-def ddim_sample(model, schedule, x, steps, randn_like=torch.randn_like, progress=None, eta=0.0):
+def ddim_sample(model: Model, schedule: NoiseSchedule, x: Tensor, steps: int,
+                randn_like=torch.randn_like, watch=None, eta=0.0) -> Tensor:
     """DDIM: eta 0 is deterministic, 1 is DDPM. ValueError unless 0 <= eta <= 1."""
     if not 0 <= eta <= 1:
         raise ValueError(f"eta must be between 0 and 1, got {eta}")
     x = x.float()
-    for t, a, a_next in sampling_steps(schedule, steps, progress):
+    for step, (t, a, a_next) in sampling_steps(schedule, steps):
         x_start, eps = denoise(model, schedule, x, t)
+        if watch is not None:
+            watch(step, t, x, x_start)
         # Song 2021 eq. 16, which is eta^2 times the posterior variance
         variance = eta ** 2 * (1 - a_next) / (1 - a) * (1 - a / a_next)
         # Song 2021 eq. 12; max() because rounding may leave -1e-17 at tiny a, eta = 1
@@ -312,12 +282,15 @@ def ddim_sample(model, schedule, x, steps, randn_like=torch.randn_like, progress
 
 
 @torch.no_grad()
-def dpm_solver_sample(model, schedule, x, steps, randn_like=torch.randn_like, progress=None):
+def dpm_solver_sample(model: Model, schedule: NoiseSchedule, x: Tensor, steps: int,
+                      randn_like=torch.randn_like, watch=None) -> Tensor:
     """DPM-Solver++(2M): second order, so few steps do. Deterministic: randn_like is not used."""
     x = x.float()
     x_start_last = h_last = None
-    for t, a, a_next in sampling_steps(schedule, steps, progress):
+    for step, (t, a, a_next) in sampling_steps(schedule, steps):
         x_start, _ = denoise(model, schedule, x, t)
+        if watch is not None:
+            watch(step, t, x, x_start)
         # Lu 2022: lambda = log(alpha / sigma), h = lambda_next - lambda. e^-h as a ratio is exact
         # where lambda is infinite: it is 0 from pure noise (a = 0) and to clean data (a_next = 1).
         exp_minus_h = math.sqrt(a * (1 - a_next) / ((1 - a) * a_next))
@@ -334,3 +307,46 @@ def dpm_solver_sample(model, schedule, x, steps, randn_like=torch.randn_like, pr
 
 
 SAMPLERS = {"dpm": dpm_solver_sample, "ddim": ddim_sample, "ddpm": ddpm_sample}
+
+# ------------------------------------------------------------------------------ given frames
+
+# given: clean latents (b, c, f, h, w), of which only the given frames count; given_mask: bool
+# (b, f), True at these. Both functions return a model(x_t, t) whose x_start is `given` there, so
+# every sampler ends with the given latents as they are. On the way it carries them at the noise of
+# its step, a draw from q(x_t | given): this is the replacement of Ho 2022, section 3.1 (and before
+# that of Song 2021, 2011.13456), and needs no other code.
+
+def replaced(model: Model, schedule: NoiseSchedule, given: Tensor, given_mask: Tensor) -> Model:
+    """Replacement: the model never errs about the given frames, and sees them noisy in x_t.
+
+    Enough for a model that was shown the clean frames as well. Alone it is known to fail: the other
+    frames move towards E[x | x_t], not E[x | x_t, given], and agree too little with the given ones.
+    """
+    chosen = given_mask[:, None, :, None, None]
+
+    def wrapped(x_t, t):
+        x_start, _ = schedule.predict(model(x_t, t), x_t, t)
+        return schedule.output(torch.where(chosen, given.to(x_start), x_start), x_t, t)
+    return wrapped
+
+
+def reconstruction_guided(model: Model, schedule: NoiseSchedule, given: Tensor,
+                          given_mask: Tensor, weight: float = 4.0) -> Model:
+    """Reconstruction guidance (Ho 2022 eq. 7) for a model that was never shown clean frames.
+
+    x_start of the other frames moves down the gradient of how badly the model reconstructs the
+    given ones, which costs a backward pass per step. weight: w_r in the paper, above 1 because at
+    high noise the true q(given | x_t) is narrower than the Gaussian that stands for it there.
+    """
+    chosen = given_mask[:, None, :, None, None]
+
+    def guided_by_error(x_t, t):
+        with torch.enable_grad():
+            x_t = x_t.detach().requires_grad_()
+            x_start, _ = schedule.predict(model(x_t, t), x_t, t)
+            error = torch.where(chosen, given.to(x_start) - x_start, 0).square().sum()
+            gradient = torch.autograd.grad(error, x_t)[0]
+        x_t, x_start = x_t.detach(), x_start.detach()
+        alpha, _ = schedule.alpha_sigma(t, x_t)
+        return schedule.output(x_start - weight * alpha / 2 * gradient, x_t, t)
+    return replaced(guided_by_error, schedule, given, given_mask)

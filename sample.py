@@ -3,6 +3,7 @@
     python sample.py "a red circle moves right, then up"
     python sample.py "a white star spins" --num 4 --seed 7 --format mp4
     python sample.py "a blue ring grows" --checkpoint runs/shapes/model.pt --steps 50 --guidance 2
+    python sample.py --prompts captions --grid                  # all that the model was trained on
 
 The same model goes on from given frames (pictures and clips are scaled and cut to its size), and
 chunk by chunk for as long as wanted:
@@ -20,26 +21,31 @@ From Python:
 The path of each file written goes to stdout, everything else to stderr.
 """
 
+from tools import DEVICES, Parser, UserError, autocast, fits, load_checkpoint, number, pack
+from tools import pick_device, printable, read_config, reason, run_command, unpack
+
 import argparse
 import contextlib
+import difflib
+import math
 import os
 import re
 import sys
+import textwrap
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import torch
+from einops import rearrange
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
-from data import FORMATS, FPS, FRAMES, middle_square, read_frames, read_image
-from data import to_model, to_uint8, write_picture, write_video
+from data import FORMATS, FPS, FRAMES, UCF101, contact_sheet, middle_square, read_frames
+from data import read_image, to_model, to_uint8, write_picture, write_video
 from diffusion import SAMPLERS, DiffusionConfig, NoiseSchedule
 from diffusion import guided, reconstruction_guided, replaced
-from shapes import FPS_RANGE
 from text_encoder import TextEncoder, TextEncoderConfig, Tokenizer, normalize
-from tools import Parser, UserError, autocast, load_checkpoint, number, pack, pick_device
-from tools import run_command, unpack
 from unet3d import UNet3D, UNet3DConfig, record_attention
 from vae import AutoencoderKL, VAEConfig
 
@@ -49,149 +55,164 @@ STEPS, SAMPLER, GUIDANCE = 20, "dpm", 4.0
 # models that were trained without: see diffusion.py.
 CONDITIONINGS = ("mask", "replacement", "reconstruction")
 # Frames that a chunk takes over from the one before. In training all frames do what the caption
-# says, so a new sentence is at odds with several frames of the old motion: in 20 stories of "moves
-# right", "moves up" and the like, neighbouring frames differed as much at the seam as elsewhere
-# with 1, and 1.6 times as much with 4. Where the sentence stays the same ("spins") 4 are as smooth,
-# and more of the stories are told. (python tests/experiments.py tasks)
+# says, so a new sentence is at odds with several frames of the old motion: one makes no jump.
 OVERLAP = 1
+AT_ONCE = 2**20  # pixels of the clips that are drawn at once: 16 of 16 frames of 64x64
+LARGEST = 2**29  # bytes of the pixels of one file: to write them takes five times that memory
+UNLIKE = 20  # levels of 255 that the autoencoder is wrong by where pictures are of another kind
 
 
 # ------------------------------------------------------------------------------ the pipeline
 
 
 class Pipeline:
-    """Everything between a sentence and its video. Attributes are the modules of the same names."""
+    """Everything between a sentence and its video. Attributes are the modules of the same names.
 
-    def __init__(self, tokenizer, text_encoder, unet, vae, schedule, device="cpu"):
-        self.device = torch.device(device)
-        self.tokenizer = tokenizer
+    data: what the model was trained on, where that is known: {"frames": of a clip, "size": of a
+    frame in pixels, "fps": [lowest, highest], "captions": up to 1,000 different ones}.
+    """
+
+    def __init__(self, tokenizer, text_encoder, unet, vae, schedule, device="cpu", data=None):
+        self.device, self.data = torch.device(device), data or {}
+        self.tokenizer, self.schedule, self.vae = tokenizer, schedule, vae.to(device)
         self.text_encoder, self.unet = text_encoder.to(device), unet.to(device)
-        self.vae, self.schedule = vae.to(device), schedule.to(device)
+        self.frames = self.data.get("frames", FRAMES)
+        low, high = self.data.get("fps", (FPS, FPS))
+        self.fps = min(max(FPS, low), high)  # where nothing else is said: the nearest trained one
 
-    def pack(self):
-        """The whole pipeline as a checkpoint of plain values and tensors; `load_pipeline` reads
-        it."""
+    def pack(self) -> dict:
+        """A checkpoint of plain values and tensors, for `load_pipeline`."""
         parts = ("text_encoder", "unet", "vae")
         return {name: pack(getattr(self, name)) for name in parts} | {
             "tokenizer": self.tokenizer.state_dict(),
             "diffusion": {"config": vars(self.schedule.config)},
-        }
+        } | ({"data": self.data} if self.data else {})
 
     @property
-    def size(self):
+    def size(self) -> int:
         """The sides of a frame in pixels."""
         return self.unet.config.latent_size * self.vae.config.factor
 
-    def denoiser(self, prompts, fps, guidance, rescale, given, mask, conditioning):
+    def denoiser(self, prompts, fps, guidance, rescale, given, given_mask, conditioning):
         """The guided model(x_t, t) -> output for these prompts, frame rates (b,) and given frames.
 
-        given: clean latents (b, c, f, h, w); mask: bool (b, f), True at the frames given there.
+        given: clean latents (b, c, f, h, w); given_mask: bool (b, f), True at the frames to take.
         """
         null = [""] * len(prompts) if guidance != 1 else []
         length = self.text_encoder.config.context_length
-        tokens, words = self.tokenizer.batch([*prompts, *null], length, self.device)
-        context = self.text_encoder(tokens, words)
+        tokens, token_mask = self.tokenizer.batch([*prompts, *null], length, self.device)
+        context = self.text_encoder(tokens, token_mask)
         rates = torch.tensor(fps, device=self.device).repeat(len(tokens) // len(prompts))
         shown = ()
         if conditioning == "mask":
-            shown = [torch.cat([x, x]) if null else x for x in (given, mask)]
+            shown = [torch.cat([x, x]) if null else x for x in (given, given_mask)]
 
         def denoise(x_t, t):
-            return self.unet(x_t, t, context, words, rates, *shown)
+            return self.unet(x_t, t, context, token_mask, rates, *shown)
 
         def denoise_pair(x_t, t):
             return denoise(torch.cat([x_t, x_t]), torch.cat([t, t])).chunk(2)
 
         model = guided(denoise_pair, guidance, rescale) if null else denoise
-        if not mask.any():
+        if not given_mask.any():
             return model
         informed = reconstruction_guided if conditioning == "reconstruction" else replaced
-        return informed(model, self.schedule, given, mask)
+        return informed(model, self.schedule, given, given_mask)
 
     @torch.no_grad()
     def generate(
-        self, prompts, seed=0, frames=FRAMES, fps=FPS, steps=STEPS, sampler=SAMPLER,
-        guidance=GUIDANCE, rescale=0.0, batch_size=16, progress=False, given=None,
-        conditioning="mask", overlap=OVERLAP,
-    ):
+        self, prompts: list, seed: int = 0, frames: int | None = None, fps=None, steps: int = STEPS,
+        sampler: str = SAMPLER, guidance: float = GUIDANCE, rescale: float = 0.0,
+        batch_size: int | None = None, pictures: dict | None = None, conditioning: str = "mask",
+        overlap: int = OVERLAP, watch=None,
+    ) -> np.ndarray:
         """Videos for a list of prompts: uint8 (len(prompts), f, h, w, 3), f = `frames`.
 
         Prompt i is drawn with seed + i, so its video does not depend on the others. fps: frames per
         second, which decides how far things move, for all or one for each prompt; guidance: 1 is
         none, larger follows the words more closely; rescale: see `diffusion.guided`; sampler: a key
-        of `diffusion.SAMPLERS`.
+        of `diffusion.SAMPLERS`; watch: see there; batch_size: clips at once.
 
-        given: {number of a frame: picture}, uint8 (h, w, 3) for all prompts or (len(prompts), h, w,
-        3); these frames come back as they are. conditioning: one of CONDITIONINGS.
+        pictures: {number of a frame: picture}, uint8 (h, w, 3) for all prompts or (len(prompts), h,
+        w, 3); these frames come back as they are. conditioning: one of CONDITIONINGS.
 
         A prompt may be a story, a list of sentences, as many for each prompt. Each sentence gets a
         chunk of `frames` frames, which begins with the last `overlap` of the chunk before, so that
-        f = frames + (sentences - 1) * (frames - overlap). `given` belongs to the first chunk.
+        f = frames + (sentences - 1) * (frames - overlap). `pictures` belong to the first chunk.
 
-        Raises ValueError for an empty prompt or one longer than the text encoder's context, and for
-        given frames or an overlap that do not fit.
+        Raises ValueError for an empty prompt or one longer than the text encoder's context, for
+        pictures or an overlap that do not fit, and where the model's output is not finite.
         """
         stories = [[prompt] if isinstance(prompt, str) else list(prompt) for prompt in prompts]
-        fps = np.broadcast_to(np.float32(fps), len(stories))
-        check_stories(stories, frames, overlap)
-        where, pictures = stack_given(given or {}, len(stories), frames, self.size)
+        frames = self.frames if frames is None else frames
+        fps = np.broadcast_to(np.float32(self.fps if fps is None else fps), len(stories))
+        _, at_once = self.check(stories, frames, overlap)
+        batch_size = batch_size or at_once
+        where, pictures = stack_pictures(pictures or {}, len(stories), frames, self.size)
         size = self.unet.config.latent_size
         shape = (self.unet.config.channels, frames, size, size)
-
-        def bar(walk):
-            return tqdm(walk, desc="sampling", disable=not progress)
-
         videos = []
         for start in range(0, len(stories), batch_size):
             part = slice(start, start + batch_size)
             noise = seeded_noise(seed + start, len(stories[part]), shape, self.device)
 
-            def draw(sentences, clean, mask):
+            def draw_chunk(sentences, given, given_mask):
                 model = self.denoiser(
-                    sentences, fps[part], guidance, rescale, clean, mask, conditioning
+                    sentences, fps[part], guidance, rescale, given, given_mask, conditioning
                 )
                 return SAMPLERS[sampler](
-                    model, self.schedule, noise(), steps, randn_like=noise, progress=bar
+                    model, self.schedule, noise(), steps, randn_like=noise, watch=watch
                 )
 
-            clean = torch.zeros(len(stories[part]), *shape, device=self.device)
+            given = torch.zeros(len(stories[part]), *shape, device=self.device)
             with autocast(self.device):
                 if where:
-                    given_frames = to_model(pictures[part]).to(self.device)
-                    clean[:, :, where] = self.vae.encode_video(given_frames)
-                latents = draw_chunks(draw, stories[part], clean, where, overlap)
-                videos.append(to_uint8(self.vae.decode_video(latents)))
+                    shown = to_model(pictures[part]).to(self.device)
+                    given[:, :, where] = self.vae.encode_video(shown)
+                latents = draw_story(draw_chunk, stories[part], given, where, overlap)
+                if not latents.isfinite().all():
+                    raise ValueError("the model's output is not finite: is the checkpoint damaged?")
+                chunks = latents.split(frames, dim=2)
+                chunks = [to_uint8(self.vae.decode_video(chunk)) for chunk in chunks]
+            videos.append(np.concatenate(chunks, axis=1))
         videos = np.concatenate(videos)
         videos[:, where] = pictures  # their own pixels, not what the autoencoder makes of them
         return videos
 
+    def check(self, stories, frames, overlap):
+        """Raises ValueError for stories (lists of sentences) that cannot be drawn. Returns how many
+        frames each has, and how many stories to draw at once."""
+        for story in stories:
+            if not story or not all(sentence.strip() for sentence in story):
+                raise ValueError("the prompt is empty: say what should happen")
+            if len(story) != len(stories[0]):
+                raise ValueError("every prompt needs the same number of sentences")
+            if len(story) > 1 and not 0 < overlap < frames:
+                raise ValueError(f"chunks of {frames} frames cannot overlap by {overlap}")
+            for sentence in dict.fromkeys(story):
+                try:
+                    self.tokenizer.batch([sentence], self.text_encoder.config.context_length)
+                except ValueError as error:
+                    raise ValueError(f"{sentence!r:.60}: {error}") from error
+        length = frames + (len(stories[0]) - 1) * (frames - overlap)
+        return length, max(1, AT_ONCE // (length * self.size**2))
 
-def check_stories(stories, frames, overlap):
-    """Raises ValueError for stories (lists of sentences) that cannot be drawn."""
-    for story in stories:
-        if not story or not all(sentence.strip() for sentence in story):
-            raise ValueError("the prompt is empty: say what should happen")
-        if len(story) != len(stories[0]):
-            raise ValueError("every prompt needs the same number of sentences")
-        if len(story) > 1 and not 0 < overlap < frames:
-            raise ValueError(f"chunks of {frames} frames cannot overlap by {overlap}")
 
-
-def stack_given(given, videos, frames, size):
-    """The given frames' numbers in order and their pictures, uint8 (videos, len(given), size, size,
-    3), from `given` as in `Pipeline.generate`. Raises ValueError if they do not fit."""
-    where = sorted(given)
+def stack_pictures(pictures, videos, frames, size):
+    """The numbers of the given frames in order, and their pictures, uint8 (videos, len(pictures),
+    size, size, 3), from `pictures` as in `Pipeline.generate`. ValueError if they do not fit."""
+    where = sorted(pictures)
     if where and not 0 <= where[0] <= where[-1] < frames:
         raise ValueError(f"given frames {where} are not all among frames 0 to {frames - 1}")
     if len(where) == frames:
         raise ValueError(f"all {frames} frames are given and none is left to draw")
-    pictures = np.empty((videos, len(where), size, size, 3), np.uint8)
+    stacked = np.empty((videos, len(where), size, size, 3), np.uint8)
     for i, frame in enumerate(where):
-        picture, one = np.asarray(given[frame]), (size, size, 3)
+        picture, one = np.asarray(pictures[frame]), (size, size, 3)
         if picture.dtype != np.uint8 or picture.shape not in (one, (videos, *one)):
             raise ValueError(f"a given frame is {picture.dtype} {picture.shape}, not uint8 {one}")
-        pictures[:, i] = picture
-    return where, pictures
+        stacked[:, i] = picture
+    return where, stacked
 
 
 def seeded_noise(seed, count, shape, device):
@@ -205,48 +226,59 @@ def seeded_noise(seed, count, shape, device):
     return noise
 
 
-def draw_chunks(draw, stories, clean, where, overlap):
+def draw_story(draw_chunk, stories, given, where, overlap):
     """The latents of whole stories, each chunk conditioned on the end of the one before.
 
-    draw(sentences, clean, mask): latents of one chunk; clean: latents (b, c, f, h, w) that hold the
-    first chunk's given frames at `where`. Returns (b, c, f + (sentences - 1) * (f - overlap), h,
-    w).
+    draw_chunk(sentences, given, given_mask): latents of one chunk; given: clean latents (b, c, f,
+    h, w), of the first chunk's given frames at `where`. Returns (b, c, frames of a story, h, w).
     """
-    b, _, frames = clean.shape[:3]
-    mask = torch.zeros(b, frames, dtype=torch.bool, device=clean.device)
-    mask[:, where] = True
+    b, _, frames = given.shape[:3]
+    given_mask = torch.zeros(b, frames, dtype=torch.bool, device=given.device)
+    given_mask[:, where] = True
     chunks = []
     for sentences in zip(*stories):
-        latents = draw(sentences, clean, mask)
+        latents = draw_chunk(sentences, given, given_mask)
         chunks.append(latents[:, :, overlap:] if chunks else latents)
         # Latents are handed on, not pixels: a pass through the autoencoder would blur every seam.
-        clean = latents.roll(overlap, dims=2)  # the last `overlap` frames come first
-        mask = torch.arange(frames, device=clean.device).expand(b, -1) < overlap
+        given = latents.roll(overlap, dims=2)  # the last `overlap` frames come first
+        given_mask = torch.arange(frames, device=given.device).expand(b, -1) < overlap
     return torch.cat(chunks, dim=2)
 
 
-def load_pipeline(path=CHECKPOINT, device="cpu"):
+def check_data(data):
+    """A checkpoint's "data" as in `Pipeline`, {} where there is none. Raises ValueError."""
+    if data is not None:
+        low, high = data["fps"]
+        if not (fits(data["frames"], FRAMES, 512) and 0.1 <= low <= high <= 1000
+                and all(isinstance(caption, str) for caption in data["captions"])):
+            raise ValueError("its frames, fps or captions of the training data cannot be")
+    return data or {}
+
+
+def load_pipeline(path=CHECKPOINT, device="cpu") -> Pipeline:
     """Rebuild a Pipeline from a checkpoint alone. Raises UserError if it cannot be read."""
     checkpoint = load_checkpoint(path, "tokenizer", "text_encoder", "unet", "vae", "diffusion")
     try:
         tokenizer = Tokenizer.from_state_dict(checkpoint["tokenizer"])
-        schedule = NoiseSchedule(DiffusionConfig(**checkpoint["diffusion"]["config"]))
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path} was written by another version of this program") from error
-    return Pipeline(
-        tokenizer,
-        unpack(TextEncoder, TextEncoderConfig, checkpoint["text_encoder"]),
-        unpack(UNet3D, UNet3DConfig, checkpoint["unet"]),
-        unpack(AutoencoderKL, VAEConfig, checkpoint["vae"]),
-        schedule,
-        device,
-    )
+        schedule = NoiseSchedule(read_config(DiffusionConfig, checkpoint["diffusion"]["config"]))
+        data = check_data(checkpoint.get("data"))
+    except Exception as error:  # damaged values fail in many ways
+        raise UserError(f"{path} is not a checkpoint of this program: {reason(error)}") from error
+    text_encoder = unpack(TextEncoder, TextEncoderConfig, checkpoint["text_encoder"])
+    if tokenizer.vocab_size > text_encoder.config.vocab_size:  # on a GPU the process would end
+        raise UserError(f"{path}: the tokenizer has more tokens than the text encoder knows")
+    unet = unpack(UNet3D, UNet3DConfig, checkpoint["unet"])
+    vae = unpack(AutoencoderKL, VAEConfig, checkpoint["vae"])
+    if (unet.config.channels, unet.config.text_width) != (
+            vae.config.latent_channels, text_encoder.config.width):
+        raise UserError(f"{path}: the UNet's channels or text_width are not those of its inputs")
+    return Pipeline(tokenizer, text_encoder, unet, vae, schedule, device, data)
 
 
-# ------------------------------------------------------------------------------ word attention
+# ------------------------------------------------------------------------------ pictures
 
 
-def word_attention(record, tokenizer, prompt):
+def word_attention(record: dict, tokenizer: Tokenizer, prompt: str) -> tuple:
     """How strongly each frame attended to each word of the prompt of sample 0.
 
     record: of `unet3d.record_attention` around `Pipeline.generate`. Returns the words and weights
@@ -261,24 +293,99 @@ def word_attention(record, tokenizer, prompt):
     return words, torch.stack([part.sum(1) for part in parts]).numpy()
 
 
-def attention_picture(words, weights, video, cell=48):
+def attention_picture(words, weights, video, cell: int = 48) -> np.ndarray:
     """A table of the frames in a row, and below them for each word how strongly each frame attends
     to it, the brighter the more: uint8 (h, w, 3). weights: (words, f), see `word_attention`."""
+    frames = [np.asarray(Image.fromarray(frame).resize((cell, cell))) for frame in video]
+    levels = np.round(255 * weights / weights.max()).astype(np.uint8)
+    levels = levels.repeat(cell // 2, axis=0).repeat(cell, axis=1)[:, :, None].repeat(3, axis=2)
+    table = Image.fromarray(np.concatenate([np.concatenate(frames, axis=1), levels]))
     font = ImageFont.load_default(size=16)
-    row = cell // 2
     left = max(round(font.getlength(word)) for word in words) + 12
-    picture = Image.new("RGB", (left + cell * len(video), cell + row * len(words)))
-    draw = ImageDraw.Draw(picture)
-    for i, frame in enumerate(video):
-        picture.paste(Image.fromarray(frame).resize((cell, cell)), (left + cell * i, 0))
-    levels = np.round(255 * weights / weights.max()).astype(int)
-    for y, (word, line) in enumerate(zip(words, levels)):
-        top = cell + row * y
-        draw.text((left - 6, top + row / 2), word, anchor="rm", font=font)
-        for i, level in enumerate(line):
-            corner = left + cell * i
-            draw.rectangle([corner, top, corner + cell - 2, top + row - 2], (level,) * 3)
+    picture = Image.new("RGB", (left + table.width, table.height))
+    picture.paste(table, (left, 0))
+    for y, word in enumerate(words):
+        place = left - 6, cell + cell // 2 * y + cell // 4
+        ImageDraw.Draw(picture).text(place, word, anchor="rm", font=font)
     return np.asarray(picture)
+
+
+def captioned_grid(videos: np.ndarray, captions: list) -> np.ndarray:
+    """Videos side by side, each above its caption: uint8 (n, f, h, w, 3) -> (f, H, W, 3)."""
+    n, frames, height, width, _ = videos.shape
+    columns = math.ceil(n**0.5)
+    labels = ["\n".join(textwrap.wrap(text, max(width // 7, 4))) for text in captions]
+    strip = 6 + 17 * max(label.count("\n") + 1 for label in labels)
+    cells = np.zeros((-(-n // columns) * columns, frames, height + strip, width, 3), np.uint8)
+    cells[:n, :, :height] = videos
+    for cell, label in zip(cells, labels):
+        picture = Image.new("RGB", (width, strip))
+        ImageDraw.Draw(picture).text((3, 1), label, font=ImageFont.load_default(size=13))
+        cell[:, height:] = picture
+    return rearrange(cells, "(r q) f h w c -> f (r h) (q w) c", q=columns)
+
+
+def write_denoising(path, believed):
+    """What the model believes the clip to be at steps of sampling, uint8 (steps, f, h, w, 3):
+    a .gif that shows the steps one after the other, or a .png with a row for each of up to 8."""
+    if path.suffix == ".gif":
+        columns = min(4, believed.shape[1])
+        sheets = np.stack([contact_sheet(clip, columns) for clip in believed])
+        return write_video(path, sheets, fps=4, upscale=2)
+    steps, frames = (np.linspace(0, n - 1, min(n, 8)).astype(int) for n in believed.shape[:2])
+    rows = rearrange(believed[steps][:, frames], "s f h w c -> (s h) (f w) c")
+    write_picture(path, rows.repeat(2, axis=0).repeat(2, axis=1))
+
+
+# ------------------------------------------------------------------------------ warnings
+
+
+def grams(sentence):
+    """Its words and marks by one, two and three, with "" for its beginning and end."""
+    parts = ["", *re.findall(r"\w+|[^\w\s]", sentence.lower()), ""]
+    return [*zip(parts), *zip(parts, parts[1:]), *zip(parts, parts[1:], parts[2:])]
+
+
+def is_new(gram, counts):
+    """Is it a pair that no caption has, or three words that chance alone should have brought
+    together three times or more if all sentences were possible? counts: of the captions' grams."""
+    if counts[gram] or len(gram) == 1:
+        return False
+    return len(gram) == 2 or counts[gram[:2]] * counts[gram[1:]] >= 3 * counts[gram[1:2]]
+
+
+@torch.no_grad()
+def warnings_about(pipeline, args, stories, pictures):
+    """Yields a line for everything that is asked for and was not trained."""
+    sentences = list(dict.fromkeys(sentence for story in stories for sentence in story))
+    known, data = sorted(pipeline.tokenizer.words), pipeline.data
+    unknown = pipeline.tokenizer.unknown_words(" ".join(sentences))[:9]
+    if unknown:
+        near = {word: difflib.get_close_matches(word, known, 1, 0.7) for word in unknown}
+        words = [f"{w!r} (did you mean {n[0]!r}?)" if n else repr(w) for w, n in near.items()]
+        yield f"the model never saw {', '.join(words)} in training and can only guess what is meant"
+    captions = data.get("captions", ())
+    counts = Counter(gram for caption in captions for gram in grams(caption))
+    new = [s for s in sentences if counts and any(is_new(gram, counts) for gram in grams(s))]
+    for sentence in new[:3]:
+        like = map(repr, difflib.get_close_matches(sentence.lower(), captions, 2, 0))
+        yield f"no sentence in training is built like {sentence!r}; there are {' or '.join(like)}"
+    low, high = data.get("fps", (0, math.inf))
+    for outside, line in (
+        (not low <= args.fps <= high, f"--fps {args.fps:g}: in training {low:g} to {high:g}"),
+        (args.frames != data.get("frames", args.frames),
+         f"--frames {args.frames}: in training {pipeline.frames}"),
+        (args.guidance > 8, f"--guidance {args.guidance:g}: above 8 the picture suffers"),
+        (args.steps < 5, f"--steps {args.steps}: with fewer than 5 the picture is blurred"),
+    ):
+        if outside:
+            yield line
+    if pictures:
+        shown = np.stack(list(pictures.values()))[None]
+        latents = pipeline.vae.encode_video(to_model(shown).to(pipeline.device))
+        again = to_uint8(pipeline.vae.decode_video(latents))
+        if np.square(again - shown.astype(float)).mean() > UNLIKE**2:
+            yield "what is given looks unlike anything in training: it may soon be dropped"
 
 
 # ------------------------------------------------------------------------------ command line
@@ -286,125 +393,92 @@ def attention_picture(words, weights, video, cell=48):
 
 def parse_args(argv=None):
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "prompts", nargs="+", metavar="prompt",
-        help="what should happen, in words; several are a story for --extend",
-    )
-    parser.add_argument("--checkpoint", default=CHECKPOINT, help="a model.pt (the shipped one)")
-    parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
-    group = parser.add_argument_group("what to draw")
-    group.add_argument("--num", type=number(int, 1, 10_000), default=1, help="videos (%(default)s)")
-    group.add_argument(
-        "--seed", type=number(int, 0, 2**62), default=0,
-        help="video i is drawn with seed + i (%(default)s)",
-    )
-    group.add_argument("--frames", type=number(int, 1, 512), default=FRAMES, help="(%(default)s)")
-    group.add_argument(
-        "--fps", type=number(float, 0.1, 1000), default=FPS,
-        help=f"frames per second, {FPS_RANGE[0]:g} to {FPS_RANGE[1]:g} in training: with fewer, "
-        "things move further from frame to frame (%(default)s)",
-    )
-    group.add_argument(
-        "--extend", type=number(int, 1, 1000), default=0, metavar="N",
-        help="go on for N more chunks of --frames frames; each begins with the last --overlap "
-        "frames of the one before, and follows its own prompt, or the last one",
-    )
-    add_given_frames(parser.add_argument_group("given frames"))
-    group = parser.add_argument_group("how to draw it")
-    group.add_argument(
-        "--steps", type=number(int, 1, 1000), default=STEPS, help="denoising steps (%(default)s)"
-    )
-    group.add_argument("--sampler", choices=list(SAMPLERS), default=SAMPLER, help="(%(default)s)")
-    group.add_argument(
-        "--guidance", type=number(float, 0, 100), default=GUIDANCE,
-        help="how closely to follow the words; 1 is no guidance (%(default)s)",
-    )
-    group = parser.add_argument_group("where to put it")
-    group.add_argument(
-        "--out", type=Path, default=Path("samples"),
-        help="a folder, or for one video a file name ending in .gif, .mp4 or .png (samples/)",
-    )
-    group.add_argument(
-        "--format", choices=[f[1:] for f in FORMATS],
-        help="gif, mp4, or png: a contact sheet of the frames (gif)",
-    )
-    group.add_argument(
-        "--upscale", type=number(int, 1, 64), default=4,
-        help="enlarge for viewing, nearest neighbour (%(default)s)",
-    )
-    group.add_argument(
-        "--attention", type=Path, metavar="FILE.png",
-        help="also draw how strongly each frame attends to each word",
-    )
+    add = parser.add_argument
+    add("prompt", nargs="*", help="what should happen, in words; several are a story for --extend")
+    add("--prompts", metavar="FILE", help="draw each line of a text file; or `captions`: those "
+        "that the model was trained on")
+    add("--words", action="store_true", help="list the words and captions that the model knows")
+    add("--checkpoint", default=CHECKPOINT, help="a model.pt (the shipped one)")
+    add("--device", default="auto", choices=DEVICES)
+    add = parser.add_argument_group("what to draw").add_argument
+    add("--num", type=number(int, 1, 10_000), default=1, help="videos of each prompt (%(default)s)")
+    add("--seed", type=number(int, 0, 2**62), default=0,
+        help="video i is drawn with seed + i (%(default)s)")
+    add("--frames", type=number(int, 1, 512), help="(as in training)")
+    add("--fps", type=number(float, 0.1, 1000), help="frames per second: with fewer, things move "
+        f"further from frame to frame ({FPS:g}, or the nearest in training)")
+    add("--extend", type=number(int, 1, 1000), default=0, metavar="N", help="go on for N more "
+        "chunks, each with its own prompt, or the last one")
+    add = parser.add_argument_group("given frames").add_argument
+    add("--image", metavar="FILE", help="a picture: the first frame")
+    add("--last-image", metavar="FILE", help="a picture: the last frame")
+    add("--video", metavar="FILE", help="a clip: the video begins with its last frames")
+    add("--overlap", type=number(int, 1, 511), default=OVERLAP, metavar="N",
+        help="frames to take over from --video, and from chunk to chunk (%(default)s)")
+    add("--conditioning", choices=CONDITIONINGS, default=CONDITIONINGS[0],
+        help="how the model learns of given frames; all but mask are for models trained without "
+        "(%(default)s)")
+    add = parser.add_argument_group("how to draw it").add_argument
+    add("--steps", type=number(int, 1, 1000), default=STEPS, help="of denoising (%(default)s)")
+    add("--sampler", choices=list(SAMPLERS), default=SAMPLER, help="(%(default)s)")
+    add("--guidance", type=number(float, 0, 100), default=GUIDANCE,
+        help="how closely to follow the words; 1 is no guidance (%(default)s)")
+    add("--batch-size", type=number(int, 1, 10_000), metavar="N",
+        help="videos at once (by their size: 16 clips of 16 frames of 64x64)")
+    add = parser.add_argument_group("where to put it").add_argument
+    add("--out", type=Path, default=Path("samples"),
+        help="a folder, or for one video a file name ending in .gif, .mp4 or .png (samples/)")
+    add("--format", choices=[f[1:] for f in FORMATS],
+        help="gif, mp4, or png: a contact sheet of the frames (gif)")
+    add("--upscale", type=number(int, 1, 64), default=4,
+        help="enlarge for viewing, nearest neighbour (%(default)s)")
+    add("--grid", action="store_true", help="all videos in one, with their captions")
+    add("--attention", type=Path, metavar="FILE.png",
+        help="also draw how strongly each frame attends to each word")
+    add("--denoising", type=Path, metavar="FILE",
+        help="also draw what the model believes the clip to be at each step: .gif or .png")
     args = parser.parse_intermixed_args(argv)  # options may stand between the sentences
-    check_combination(args, parser.error)
+    if bool(args.prompt) + (args.prompts is not None) + args.words != 1:
+        parser.error("say what should happen: in quotes, or in a file for --prompts")
     return args
 
 
-def add_given_frames(group):
-    """The options about frames that are given."""
-    group.add_argument("--image", metavar="FILE", help="a picture: the first frame")
-    group.add_argument("--last-image", metavar="FILE", help="a picture: the last frame")
-    group.add_argument(
-        "--video", metavar="FILE", help="a clip: the video begins with its last frames and goes on"
-    )
-    group.add_argument(
-        "--overlap", type=number(int, 1, 511), default=OVERLAP, metavar="N",
-        help="frames to take over from --video and from chunk to chunk; 1 lets a new sentence set "
-        "off at once, more are smoother where the motion stays the same (%(default)s)",
-    )
-    group.add_argument(
-        "--conditioning", choices=CONDITIONINGS, default=CONDITIONINGS[0],
-        help="how the model learns of given frames: mask, beside its input, as it was trained; "
-        "replacement or reconstruction guidance for models trained without (%(default)s)",
-    )
-
-
-def check_combination(args, error):
-    """Calls error(message) for options that do not go together."""
-    given = {0} if args.image else set(range(args.overlap if args.video else 0))
-    given |= {args.frames - 1} if args.last_image else set()
-    if args.image and args.video:
-        error("--image and --video both say how the video begins: give one of them")
-    if args.image and args.last_image and args.frames == 1:
-        error("--image and --last-image are two frames, and --frames is 1")
-    if len(given) >= args.frames:
-        error(f"--frames {args.frames}: all are given and none is left to draw")
-    if args.last_image and args.extend:
-        error("--last-image says how the video ends and --extend goes on: give one of them")
-    if args.extend and args.overlap >= args.frames:
-        error(f"--overlap {args.overlap} leaves nothing to draw of chunks of {args.frames} frames")
-    if len(args.prompts) > 1 + args.extend:
-        error(f"{len(args.prompts)} prompts are as many chunks: put a sentence in quotes, or add "
-              f"--extend {len(args.prompts) - 1}")
-    if args.attention and (args.num > 1 or args.extend):
-        error("--attention shows one video of one chunk: leave out --num and --extend")
-    if args.attention and args.attention.suffix != ".png":
-        error(f"--attention {args.attention}: the file name must end in .png")
-    if args.attention == args.out:
-        error(f"--attention and --out are both {args.out}")
-
-
-def output_paths(args):
-    """The file of each video. Raises UserError where --out does not fit or cannot be written."""
-    if args.out.suffix.lower() in (".avi", ".jpg", ".jpeg", ".mkv", ".mov", ".webm", ".webp"):
-        raise UserError(f"--out {args.out}: the formats are {', '.join(FORMATS)}")
-    if args.out.suffix in FORMATS:
-        if args.num > 1:
-            raise UserError(f"--out {args.out} is one file and --num {args.num} asks for more: "
-                            "give a folder")
-        if args.format and args.out.suffix != f".{args.format}":
-            raise UserError(f"--out {args.out} does not end in .{args.format}")
-        paths = [args.out]
-    else:
-        # \w keeps letters of every script; file systems take names of up to 255 bytes.
-        slug = re.sub(r"\W+", "-", normalize(" ".join(args.prompts))).encode()[:200]
-        slug = slug.decode(errors="ignore").strip("-") or "video"
-        suffix = args.format or "gif"
-        paths = [args.out / f"{slug}-{args.seed + i}.{suffix}" for i in range(args.num)]
-    for path in [paths[0], *filter(None, [args.attention])]:
-        check_writable(path)
-    return paths
+def check_options(args):
+    """Raises UserError for files that cannot be read or written, and for options that do not go
+    together, as far as can be told without the checkpoint."""
+    for option in ("prompts", "image", "last_image", "video"):
+        path = vars(args)[option]
+        if path is None or (option, path) == ("prompts", "captions"):
+            continue
+        if not os.path.exists(path):
+            raise UserError(f"--{option.replace('_', '-')} {path}: No such file")
+        if not os.path.isfile(path) and not (option == "video" and os.path.isdir(path)):
+            raise UserError(f"--{option.replace('_', '-')} {path} is not a file")
+    suffix, more = args.out.suffix.lower(), len(args.prompt) - 1
+    several = args.num > 1 or args.prompts is not None
+    for wrong, message in (
+        (suffix in (".avi", ".jpg", ".jpeg", ".mkv", ".mov", ".webm", ".webp"),
+         f"--out {args.out}: the formats are {', '.join(FORMATS)}"),
+        (suffix in FORMATS and several and not args.grid,
+         f"--out {args.out} is one file: give a folder, or add --grid"),
+        (suffix in FORMATS and args.format and suffix != f".{args.format}",
+         f"--out {args.out} does not end in .{args.format}"),
+        (args.image and args.video, "--image and --video both say how the video begins"),
+        (args.last_image and args.extend, "--last-image says how the video ends, --extend goes on"),
+        (more > args.extend, f"{more + 1} prompts are as many chunks: put a sentence in quotes, or "
+         f"add --extend {more}"),
+        ((args.attention or args.denoising) and (several or args.extend),
+         "--attention and --denoising show one clip: no --num, --prompts or --extend"),
+        (args.attention and args.attention.suffix != ".png", f"--attention {args.attention}: the "
+         "file name must end in .png"),
+        (args.denoising and args.denoising.suffix not in (".gif", ".png"),
+         f"--denoising {args.denoising}: the file name must end in .gif or .png"),
+    ):
+        if wrong:
+            raise UserError(message)
+    for path in (args.out if suffix in FORMATS else args.out / "x", args.attention, args.denoising):
+        if path is not None:
+            check_writable(path)
 
 
 def check_writable(path):
@@ -413,8 +487,50 @@ def check_writable(path):
         folder = next(p for p in path.absolute().parents if p.exists())
         if not (folder.is_dir() and os.access(folder, os.W_OK)) or path.is_dir():
             raise UserError(f"cannot write {path}: choose another name")
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}") from error
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot write {path}: {reason(error)}") from error
+
+
+def read_stories(args, captions):
+    """A list of sentences for each video, from the command line. Raises UserError."""
+    if args.prompts == "captions":
+        lines = captions
+    elif args.prompts is not None:
+        try:
+            with open(args.prompts, encoding="utf-8-sig") as file:
+                lines = [line.strip() for line in file.read(2**24).splitlines() if line.strip()]
+        except (OSError, ValueError) as error:
+            raise UserError(f"--prompts {args.prompts}: {reason(error)}") from error
+    if args.prompts is not None:
+        if not 0 < len(lines) * args.num <= 10_000:
+            raise UserError(f"--prompts {args.prompts}: {len(lines)} sentences, of 1 to 10000")
+        stories = [[line] * (1 + args.extend) for line in lines for _ in range(args.num)]
+    else:  # the last sentence goes on for as long as there are chunks
+        more = args.prompt[-1:] * (1 + args.extend - len(args.prompt))
+        stories = [args.prompt + more] * args.num
+    # A class of UCF-101, by the sentence that stands for it in training.
+    return [[UCF101.get(sentence.strip(), sentence) for sentence in story] for story in stories]
+
+
+def output_paths(args, stories):
+    """The file of each video, or of --grid. Raises UserError where one would replace an input."""
+    paths = [args.out]
+    if args.out.suffix.lower() not in FORMATS:
+        # \w keeps letters of every script; file systems take names of up to 255 bytes.
+        slugs = [re.sub(r"\W+", "-", normalize(" ".join(dict.fromkeys(story)))).strip("-")
+                 for story in (stories[:1] if args.grid else stories)]
+        slugs = [s.encode(errors="replace")[:200].decode(errors="ignore") or "video" for s in slugs]
+        end = f"{'-grid' * args.grid}.{args.format or 'gif'}"
+        paths = [args.out / f"{slug}-{args.seed + i}{end}" for i, slug in enumerate(slugs)]
+    outputs = [*paths, *filter(None, (args.attention, args.denoising))]
+    if len(set(map(os.path.abspath, outputs))) < len(outputs):
+        raise UserError("--out, --attention and --denoising are both the same file")
+    inputs = [args.checkpoint, args.prompts, args.image, args.last_image, args.video]
+    inputs = [path for path in inputs if path is not None and os.path.exists(path)]
+    for path in filter(os.path.exists, outputs):
+        if any(os.path.samefile(near, given) for near in (path, path.parent) for given in inputs):
+            raise UserError(f"{path} is given, and would be overwritten: choose another --out")
+    return paths
 
 
 def last_frames(count, fps):
@@ -436,62 +552,95 @@ def last_frames(count, fps):
     return pick
 
 
+def read_given(args, size):
+    """{number of a frame: picture} of the frames that the command line gives, see `generate`."""
+    pictures = {}
+    for option in ("video", "image", "last_image"):
+        path = vars(args)[option]
+        if path is None:
+            continue
+        try:
+            if option == "video":
+                clip, _ = read_frames(path, last_frames(args.overlap, args.fps), None)
+                pictures |= {i: middle_square(frame, size) for i, frame in enumerate(clip)}
+            else:
+                pictures[0 if option == "image" else args.frames - 1] = read_image(path, size)
+        except ValueError as error:
+            raise UserError(f"--{option.replace('_', '-')} {path}: {error}") from error
+    return pictures
+
+
 def write(path, writer, *what):
     """writer(path, *what), and the path to stdout. Raises UserError if that is impossible."""
     try:
         writer(path, *what)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
-    print(path)
+    except Exception as error:  # a full disk, to Pillow and ffmpeg, is many things
+        raise UserError(f"cannot write {path}: {reason(error)}") from error
+    print(printable(path))
 
 
-def read_given(args, size):
-    """{number of a frame: picture} of the frames that the command line gives, see `generate`."""
-    def read(option, reader, path, *how):
-        try:
-            return reader(path, *how)
-        except ValueError as error:
-            raise UserError(f"{option} {path}: {error}") from error
+def draw_all(args, pipeline, stories, pictures, paths):
+    """Draws the videos and writes what the command line asks for, batch by batch."""
+    batches, beliefs, grid = range(0, len(stories), args.batch_size), [], []
+    bar = tqdm(desc="sampling", total=len(batches) * len(stories[0]) * args.steps)
+    shown = np.linspace(0, args.steps - 1, min(args.steps, 32)).astype(int)
 
-    given = {}
-    if args.video:
-        pick = last_frames(args.overlap, args.fps)
-        clip, _ = read("--video", read_frames, args.video, pick, None)
-        given |= {i: middle_square(frame, size) for i, frame in enumerate(clip)}
-    if args.image:
-        given[0] = read("--image", read_image, args.image, size)
-    if args.last_image:
-        given[args.frames - 1] = read("--last-image", read_image, args.last_image, size)
-    return given
+    def watch(step, t, x_t, x_start):
+        bar.update()
+        if args.denoising and step in shown:
+            beliefs.append(x_start)
+
+    recording = record_attention(pipeline.unet) if args.attention else contextlib.nullcontext()
+    with recording as record, bar:
+        for start in batches:
+            videos = pipeline.generate(
+                stories[start : start + args.batch_size], args.seed + start, args.frames, args.fps,
+                args.steps, args.sampler, args.guidance, batch_size=args.batch_size,
+                pictures=pictures, conditioning=args.conditioning, overlap=args.overlap,
+                watch=watch,
+            )
+            grid += [videos] if args.grid else []
+            for path, video in zip(paths[start:], () if args.grid else videos):
+                write(path, write_video, video, args.fps, args.upscale)
+    if args.grid:
+        large = np.concatenate(grid).repeat(args.upscale, 2).repeat(args.upscale, 3)
+        labels = [", then: ".join(dict.fromkeys(story)) for story in stories]
+        write(paths[0], write_video, captioned_grid(large, labels), args.fps)
+    if args.attention:
+        words, weights = word_attention(record, pipeline.tokenizer, stories[0][0])
+        write(args.attention, write_picture, attention_picture(words, weights, videos[0]))
+    if args.denoising:
+        with torch.no_grad():
+            believed = np.concatenate([to_uint8(pipeline.vae.decode_video(x)) for x in beliefs])
+        write(args.denoising, write_denoising, believed)
 
 
 def main():
     args = parse_args()
-    paths = output_paths(args)
+    check_options(args)
     pipeline = load_pipeline(args.checkpoint, pick_device(args.device))
-    unknown = pipeline.tokenizer.unknown_words(" ".join(args.prompts))
-    if unknown:
-        words = ", ".join(map(repr, unknown))
-        print(f"warning: the model never saw {words} in training and can only guess what is meant",
-              file=sys.stderr)
-    # The last sentence goes on for as long as there are chunks.
-    story = args.prompts + args.prompts[-1:] * (1 + args.extend - len(args.prompts))
-    given = read_given(args, pipeline.size)
-    recording = record_attention(pipeline.unet) if args.attention else contextlib.nullcontext()
+    captions = pipeline.data.get("captions", ())
+    if args.words:
+        print(*map(printable, [" ".join(sorted(pipeline.tokenizer.words)), *captions]), sep="\n")
+        return
+    args.frames, args.fps = args.frames or pipeline.frames, args.fps or pipeline.fps
+    stories = read_stories(args, captions)
+    paths = output_paths(args, stories)
+    pictures = read_given(args, pipeline.size)
     try:
-        with recording as record:
-            videos = pipeline.generate(
-                [story] * args.num, args.seed, args.frames, args.fps, args.steps, args.sampler,
-                args.guidance, progress=True, given=given, conditioning=args.conditioning,
-                overlap=args.overlap,
-            )
+        length, at_once = pipeline.check(stories, args.frames, args.overlap)
+        stack_pictures(pictures, 0, args.frames, pipeline.size)
+        pipeline.schedule.timesteps(args.steps)
+        side = pipeline.size * args.upscale
+        if 3 * length * side**2 * (len(stories) if args.grid else 1) > LARGEST:
+            raise UserError(f"one file of {length} frames of {side}x{side} pixels is too large: "
+                            "lower --upscale, --frames or --extend, or leave out --grid")
+        for line in warnings_about(pipeline, args, stories, pictures):
+            print(f"warning: {printable(line)}", file=sys.stderr)
+        args.batch_size = args.batch_size or at_once
+        draw_all(args, pipeline, stories, pictures, paths)
     except ValueError as error:
         raise UserError(error) from error
-    for path, video in zip(paths, videos):
-        write(path, write_video, video, args.fps, args.upscale)
-    if args.attention:
-        words, weights = word_attention(record, pipeline.tokenizer, story[0])
-        write(args.attention, write_picture, attention_picture(words, weights, videos[0]))
 
 
 if __name__ == "__main__":

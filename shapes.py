@@ -140,15 +140,17 @@ def place_in_frame(thing, rng, frames, fps, middle=False):
     """The same thing somewhere from where most of its way is free.
 
     middle: it begins in the middle of the picture, where there is room for whatever comes after the
-    clip. Otherwise anywhere, now and then at a wall, as after another action.
+    clip. Otherwise anywhere, now and then at a wall, as after another action. Raises ValueError
+    where the walls are too near.
     """
     reach = RADII[thing.size] * REACH[thing.shape] + 1
-    while True:
+    for _ in range(1000):
         place = rng.uniform(0.4, 0.6, 2) if middle else rng.uniform(-0.1, 1.1, 2).clip(0, 1)
         x, y = (float(v) for v in reach + place * (SIZE - 2 * reach))
         placed = replace(thing, x=x, y=y)
         if placed.free(frames, fps) > FREE:
             return placed
+    raise ValueError(f"in {frames} frames, {fps:g} a second, things would run into the walls")
 
 
 def collide(scene, frames, fps):
@@ -532,7 +534,7 @@ PARAPHRASES = {
     "A purple ball goes up": "purple circle: up",
     "white box grows": "white square: grows",
     "The white ring shrinks.": "white ring: shrinks",
-    "a red star that rotates": "red star: spins",
+    "a red star, rotating": "red star: spins",
     "green ball rises": "green circle: up",
     "a blue box is moving left": "blue square: left",
     "the yellow star gets smaller": "yellow star: shrinks",

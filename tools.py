@@ -1,49 +1,136 @@
-"""What every command of this project shares and no reader needs at first: one-line errors, types of
-arguments, device and precision, files that appear whole or not at all, and checkpoints.
+"""What every command of this project shares and no reader needs at first: manners (one-line errors,
+interrupts, closed streams), types of arguments, device and precision, files that appear whole or
+not at all, and checkpoints.
+
+A command imports this module first: from then on Ctrl-C is one line, during the other imports, too.
 """
 
 import argparse
 import contextlib
 import json
+import math
 import os
+import signal
 import sys
 import warnings
+from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 
-import torch
+MAIN = getattr(sys.modules["__main__"], "__file__", None)
+HERE = Path(__file__).resolve().parent
 
-# ------------------------------------------------------------------------------ errors
+if MAIN and Path(MAIN).resolve().parent in (HERE, HERE / "experiments"):  # a command is starting
+    # Not an exception: what is imported below may swallow it. In the background it is ignored.
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, lambda *_: (os.write(2, b"interrupted\n"), os._exit(130)))
+    for stream in ("stdin", "stdout", "stderr"):
+        if getattr(sys, stream) is None:  # closed: the next file to open would take its place
+            setattr(sys, stream, open(os.devnull, "w"))
+
+import torch  # takes a second or two
+
+# ------------------------------------------------------------------------------ manners
 
 
 class UserError(Exception):
     """A mistake of the user's: shown as one line, exit status 2."""
 
 
-def run_command(command):
-    """Call `command()` for a command line: a UserError, an unusable data set, or a disk that is
-    full or cannot be written ends it with one line and exit status 2."""
-    try:
-        command()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+def printable(text: object) -> str:
+    """The text on one line: control characters, of file names for example, are escaped."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(text))
+
+
+def reason(error: Exception) -> str:
+    """What went wrong, in one line."""
+    text = getattr(error, "strerror", None) or str(error)
+    named = f"{type(error).__name__} {text}" if isinstance(error, KeyError) or not text else text
+    return named.splitlines()[0]
+
+
+class Stream:
+    """stdout or stderr. Where nobody reads it any more, what is written is lost and the work goes
+    on; what its encoding does not have is escaped."""
+
+    def __init__(self, stream):
+        self.stream = stream
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text):
+        try:
+            self.stream.write(text)
+            self.stream.flush()
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+        return len(text)
+
+
+interrupts = []  # signals that asked this program to end
+
+
+def interrupt(number, frame):
+    interrupts.append(number)
+    raise KeyboardInterrupt
+
+
+def out_of_memory(error: Exception) -> bool:
+    """Is it a full memory? PyTorch has no error of its own for that on a CPU, and cuBLAS and cuDNN
+    say it in their own words."""
+    texts = ("out of memory", "can't allocate memory", "not enough memory", "ALLOC_FAILED",
+             "ALLOCATION_FAILED", "STATUS_NOT_INITIALIZED", "unable to find an engine",
+             "valid cuDNN algorithm")
+    full = isinstance(error, RuntimeError) and any(text in str(error) for text in texts)
+    return full or isinstance(error, MemoryError)
+
+
+def run_command(command: Callable):
+    """Call `command()` for a command line. What the user can mend, such as a UserError or a full
+    disk or memory, ends it with one line and exit status 2; Ctrl-C, SIGTERM and SIGHUP with status
+    128 + the signal's number, after files that are not complete have been deleted."""
+    def fail(message):
+        print(f"error: {printable(message)}", file=sys.stderr)
         sys.exit(2)
-    except OSError as error:
-        where = f"{error.filename}: " if error.filename else ""
-        print(f"error: {where}{error.strerror or error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
+
+    interrupts.clear()
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):  # Windows has no SIGHUP, and nohup ignores it
+        if hasattr(signal, name) and signal.getsignal(getattr(signal, name)) != signal.SIG_IGN:
+            signal.signal(getattr(signal, name), interrupt)
+    streams = Stream(sys.stdout), Stream(sys.stderr)
+    with contextlib.redirect_stdout(streams[0]), contextlib.redirect_stderr(streams[1]):
+        try:
+            command()
+        except UserError as error:
+            fail(error)
+        except OSError as error:
+            fail(f"{error.filename}: {reason(error)}" if error.filename else reason(error))
+        except (MemoryError, RuntimeError) as error:
+            if not out_of_memory(error):
+                raise
+            fail("the memory is full: try a smaller batch, fewer frames, or --device cpu")
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            sys.exit(128 + (interrupts or [signal.SIGINT])[-1])
 
 
 class Parser(argparse.ArgumentParser):
     """Says in one line what is wrong, without argparse's summary of every option."""
 
     def error(self, message):
-        self.exit(2, f"error: {message} (--help lists the options)\n")
+        self.exit(2, f"error: {printable(message)} (--help lists the options)\n")
+
+    def parse_known_args(self, args=None, namespace=None):
+        for word in sys.argv[1:] if args is None else args:
+            if word.startswith("--") and word.endswith("=--"):  # argparse would make it a list
+                self.error(f"{word}: -- is no value")
+        return super().parse_known_args(args, namespace)
 
 
-def number(kind, low, high):
+def number(kind: type, low: float, high: float) -> Callable:
     """An argparse type: int or float from `low` to `high`."""
 
     def parse(text):
@@ -70,27 +157,49 @@ def print_row(**row):
 # ------------------------------------------------------------------------------ device
 
 
-def pick_device(name):
-    """"auto", "cpu" or "cuda" -> torch.device. Raises UserError where there is no CUDA GPU."""
-    if name == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: PyTorch sees no CUDA GPU here; use --device cpu")
-    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+DEVICES = ("auto", "cpu", "cuda", "mps")
 
 
-def autocast(device, precision=None):
-    """bfloat16 autocast where the hardware multiplies bfloat16 matrices faster than float32 ones:
-    recent GPUs, CPUs with AMX tiles, and AMD's from Zen 4 on. On 2 cores of the latter it did 396
-    against 135 GFLOP/s, on 2 of an Intel Xeon with AVX-512 and no AMX 137 against 282.
+def pick_device(name: str, precision: str | None = None) -> torch.device:
+    """One of DEVICES -> torch.device, and PyTorch's settings for it and for --precision.
+
+    "auto" is a CUDA GPU where there is one, else the CPU. "mps", an Apple GPU, follows PyTorch's
+    documentation and has never been tried. Raises UserError where PyTorch does not see the device.
+    """
+    kinds = {"cuda": ("CUDA", torch.cuda), "mps": ("Apple", torch.backends.mps)}
+    if name in kinds and not kinds[name][1].is_available():
+        raise UserError(f"--device {name}: PyTorch sees no {kinds[name][0]} GPU here; use "
+                        "--device cpu")
+    # cuDNN's attention would take about half a second to prepare for every new shape.
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    if precision == "fp32":  # TF32 keeps 10 bits of each number, and convolutions use it by default
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)
+
+
+def product_dtype(device: torch.device, precision: str | None = None) -> torch.dtype:
+    """The number format of matrix products: bfloat16 where the hardware multiplies such matrices
+    faster than float32 ones. Recent CUDA GPUs do, CPUs with AMX tiles, and AMD's from Zen 4 on.
 
     precision: "bf16" or "fp32" instead, whatever the hardware."""
     if precision is not None:
         fast = precision == "bf16"
     elif device.type == "cuda":
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    elif device.type == "mps":
+        fast = False
     else:
         cpu = getattr(torch.cpu, "get_capabilities", dict)()  # older versions of PyTorch: none
         amd = cpu.get("cpu_name", "").startswith("AMD")
         fast = cpu.get("amx_bf16", False) or amd and cpu.get("avx512_bf16", False)
+    return torch.bfloat16 if fast else torch.float32
+
+
+def autocast(device: torch.device, precision: str | None = None) -> torch.autocast:
+    """Matrix products in `product_dtype`, by a context manager."""
+    fast = product_dtype(device, precision) == torch.bfloat16
     return torch.autocast(device.type, torch.bfloat16, enabled=fast)
 
 
@@ -99,7 +208,8 @@ def autocast(device, precision=None):
 
 @contextlib.contextmanager
 def atomic_path(path):
-    """Gives a temporary path beside `path`; renamed onto it on success, deleted on any error."""
+    """Gives a temporary path beside `path`: renamed onto it on success, deleted on any error. A
+    signal whose interrupt a library has swallowed is such an error, too."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{os.getpid()}-{path.name}")
@@ -107,12 +217,14 @@ def atomic_path(path):
         yield temporary
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())  # the rename must not overtake the data
+        if interrupts:
+            raise KeyboardInterrupt
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def load_tensors(path, kind):
+def load_tensors(path: Path, kind: str) -> object:
     """What torch.save wrote: tensors and plain values; nothing in the file is imported or run.
 
     Raises UserError, which calls the file a `kind`, where it cannot be read.
@@ -122,11 +234,10 @@ def load_tensors(path, kind):
             warnings.simplefilter("ignore")  # of a foreign pickle, one error says enough
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # truncated archives and foreign files fail in many ways
-        reason = (str(error) or type(error).__name__).splitlines()[0][:80]
-        raise UserError(f"{path} is not a readable {kind} ({reason})") from error
+        raise UserError(f"{path} is not a readable {kind} ({reason(error):.80})") from error
 
 
-def save_atomically(checkpoint, path):
+def save_atomically(checkpoint: dict, path: Path):
     """torch.save that leaves the old file or the new one, never half of one. Raises UserError."""
     with atomic_path(path) as temporary:
         try:
@@ -135,7 +246,7 @@ def save_atomically(checkpoint, path):
             raise UserError(f"cannot write {path}: is the disk full?") from error
 
 
-def load_checkpoint(path, *parts):
+def load_checkpoint(path: Path, *parts: str) -> dict:
     """Read a checkpoint that holds at least the named parts. Raises UserError otherwise."""
     path = Path(path)
     if not path.is_file():
@@ -147,18 +258,70 @@ def load_checkpoint(path, *parts):
     return checkpoint
 
 
-def pack(model):
+def pack(model: torch.nn.Module) -> dict:
     """A model as plain values and tensors: its config and its weights."""
     return {"config": vars(model.config), "state": model.state_dict()}
 
 
-def unpack(model_class, config_class, packed):
-    """The inverse of `pack`: rebuild a model from a checkpoint alone, in float32."""
+def fits(value: object, default: object, high: int) -> bool:
+    """Is it a value for a config's field with this default? Whole numbers are at most `high`."""
+    if isinstance(default, tuple):
+        return type(value) in (tuple, list) and 0 < len(value) <= 16 and all(
+            fits(part, default[0], high) for part in value)
+    if type(default) is int:
+        return type(value) is int and min(1, default) <= value <= high
+    if default is None or type(default) is float:
+        return value is default or type(value) in (int, float) and math.isfinite(value)
+    return type(value) is type(default)
+
+
+def read_config(config_class: type, values: dict) -> object:
+    """The config that a checkpoint's plain values mean; fields that it lacks have their defaults.
+    Raises ValueError, which names the field, for anything that is no config of this class."""
+    defaults = {field.name: field.default for field in fields(config_class)}
+    for name, value in values.items():
+        if name not in defaults:
+            raise ValueError(f"{name!r} is none of {', '.join(defaults)}")
+        # Bounds, so that a damaged file takes neither time nor memory.
+        if not fits(value, defaults[name], 64 if name in ("blocks", "depth") else 2**20):
+            raise ValueError(f"{name} cannot be {value!r:.40}")
+    return config_class(**{k: tuple(v) if type(v) is list else v for k, v in values.items()})
+
+
+def check_weights(state: dict, expected: dict):
+    """Raises ValueError unless `state` has the names and shapes of `expected`, both state dicts,
+    and holds finite numbers that take no more memory than the file did."""
+    def usable(x):
+        floats = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+        return isinstance(x, torch.Tensor) and x.dtype in floats and x.layout == torch.strided \
+            and not x.is_nested and x.device.type == "cpu"
+
+    def refuse(what, names):
+        if names:
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            raise ValueError(f"{what} {', '.join(map(str, names[:3]))}{more}")
+
+    refuse("the weights lack", [k for k in expected if k not in state])
+    refuse("the config has no place for", [k for k in state if k not in expected])
+    refuse("no tensor of numbers:", [k for k, x in state.items() if not usable(x)])
+    refuse("the config asks for other shapes than", [
+        f"{k} {tuple(x.shape)}" for k, x in state.items() if x.shape != expected[k].shape])
+    stored = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in state.values()}
+    if sum(x.numel() * x.element_size() for x in state.values()) > sum(stored.values()):
+        raise ValueError("the tensors are larger than what the file holds of them")
+    refuse("not finite:", [k for k, x in state.items() if not x.isfinite().all()])
+
+
+def unpack(model_class: type, config_class: type, packed: dict) -> torch.nn.Module:
+    """The inverse of `pack`: rebuild a model from a checkpoint alone, in float32. Raises UserError
+    that names what does not fit."""
     try:
-        model = model_class(config_class(**packed["config"]))
-        model.load_state_dict(packed["state"])
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        reason = str(error).splitlines()[0][:80]
-        name = model_class.__name__
-        raise UserError(f"the checkpoint's {name} does not fit this program ({reason})") from error
+        config, state = read_config(config_class, packed["config"]), packed["state"]
+        with torch.device("meta"):  # takes no memory, whatever sizes the config asks for
+            expected = model_class(config).state_dict()
+        check_weights(state, expected)
+        model = model_class(config)
+        model.load_state_dict(state)
+    except Exception as error:  # damaged values fail in many ways
+        raise UserError(f"the checkpoint's {model_class.__name__}: {reason(error)}") from error
     return model.float().eval()

@@ -30,6 +30,7 @@ import shlex
 import signal
 import sys
 import time
+from collections import defaultdict
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from pathlib import Path
@@ -38,7 +39,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from einops import rearrange
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
@@ -50,7 +51,8 @@ from sample import Pipeline, load_pipeline
 from shapes import MovingShapes
 from text_encoder import TextEncoder, TextEncoderConfig, Tokenizer
 from tools import Parser, UserError, atomic_path, autocast, load_checkpoint, number, pack
-from tools import pick_device, run_command, save_atomically, unpack
+from tools import out_of_memory, pick_device, product_dtype, run_command, save_atomically
+from tools import unpack
 from unet3d import SpaceTimeBlock, UNet3D, UNet3DConfig
 from vae import AutoencoderKL, ResBlock, VAEConfig, VAELoss, VAELossConfig
 
@@ -65,7 +67,7 @@ def train_vae(args, preset, device):
     vae = build_vae(args, preset).to(device).train()
     run = Run(args, adopt(args, preset, vae=vae.config))
     vae_loss = make_vae_loss(args, run.preset.vae_loss).to(device)
-    models, optimizers = {"vae": vae}, make_optimizers(vae, config)
+    models, optimizers = {"vae": vae}, make_optimizers(vae, config, args.precision)
     if vae_loss.discriminator is not None:
         models["discriminator"] = vae_loss.discriminator
         # Low momentum: its opponent moves with every step.
@@ -73,8 +75,7 @@ def train_vae(args, preset, device):
             vae_loss.discriminator.parameters(), config.lr, (0.5, 0.9), weight_decay=0.0, fused=True
         )
     run.begin(models, optimizers, {"data": identity})
-    # The last layer stays as it is: the adaptive weight goes back through it, and no further.
-    economize(args, vae.encoder, vae.decoder.middle, vae.decoder.up)
+    economize(args, vae.encoder, vae.decoder)
 
     draw = functools.partial(draw_frames, dataset, args.seed, config.batch_size)
     side = preset.size // vae.config.factor
@@ -128,12 +129,12 @@ def train_diffusion(args, preset, device):
     tokenizer, tokens, token_mask = encode_captions(
         run.tokenizer or tokenizer, captions, text_encoder.config, device
     )
-    vae, schedule = vae.to(device), schedule.to(device)
+    vae = vae.to(device)
     model = nn.ModuleDict({"text_encoder": text_encoder, "unet": unet}).to(device).train()
-    ema, optimizers = EMA(model, config.ema), make_optimizers(model, config)
+    ema, optimizers = EMA(model, config.ema), make_optimizers(model, config, args.precision)
     same = {"data": dataset.identity(), "autoencoder": digest(vae)}
     run.begin({"model": model, "ema": ema.model}, optimizers, same, tokenizer)
-    economize(args, unet)
+    economize(args, text_encoder, unet)
 
     with first_process_first():
         clips, fps, latents = encode_dataset(vae, dataset, device, run.out, args.precision)
@@ -322,13 +323,11 @@ def text_to_video_loss(
 ):
     """The loss of a part of a batch, a scalar; tokens and their mask are of all captions, the rest
     is as from `draw_batch`."""
-    longest = int(token_mask[rows].sum(1).max())
-    tokens, token_mask = tokens[rows, :longest], token_mask[rows, :longest]
+    tokens, token_mask = tokens[rows], token_mask[rows]  # always as long: compiled once
     context = model["text_encoder"](tokens, token_mask)
-    alone = images if images.any() else False  # without any, there is less to compute
 
     def denoise(x_t, t):
-        return model["unet"](x_t, t, context, token_mask, fps, x_start, given_mask, alone)
+        return model["unet"](x_t, t, context, token_mask, fps, x_start, given_mask, images)
 
     return diffusion_loss(denoise, schedule, x_start, t, noise, keep=~given_mask)
 
@@ -521,21 +520,20 @@ def read_contents(path, key, length):
 # ------------------------------------------------------------------------------ optimizer
 
 
-def orthogonalize(g, steps=5):
-    """The nearest (semi-)orthogonal matrix to g, roughly: singular values pulled to about 1.
+def orthogonalize(g: Tensor, dtype: torch.dtype = torch.float32, steps: int = 5) -> Tensor:
+    """The nearest (semi-)orthogonal matrices to those in g (k, m, n), roughly: singular values
+    pulled to about 1. dtype: the number format of the products.
 
-    Newton-Schulz iteration of Jordan 2024 (Muon): x <- (a + b x x' + c (x x')^2) x. The factors act
-    from the left, so they are multiplied together in a small square matrix first.
+    Newton-Schulz iteration of Jordan 2024 (Muon): x <- (a + b x x' + c (x x')^2) x.
     """
-    x = g.T if g.shape[0] > g.shape[1] else g
-    x = x / (x.norm() + 1e-7)  # the iteration converges for singular values up to 1
-    gram, identity = x @ x.T, torch.eye(len(x), device=x.device, dtype=x.dtype)
-    product = identity
+    # It converges for singular values up to 1.
+    x = (g / (g.norm(dim=(1, 2), keepdim=True) + 1e-7)).to(dtype)
+    x = x.mT if x.shape[1] > x.shape[2] else x  # x x' is the smaller one then
     for _ in range(steps):
-        factor = 3.4445 * identity - 4.7750 * gram + 2.0315 * gram @ gram
-        product, gram = factor @ product, factor @ gram @ factor
-    x = product @ x
-    return x.T if g.shape[0] > g.shape[1] else x
+        gram = x @ x.mT
+        factor = torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)
+        x = torch.baddbmm(x, factor, x, beta=3.4445)
+    return (x if x.shape == g.shape else x.mT).to(g.dtype)
 
 
 class Muon(torch.optim.Optimizer):
@@ -543,38 +541,54 @@ class Muon(torch.optim.Optimizer):
 
     An ordinary update is dominated by a few directions; this one moves along all of them equally.
     Scaled as in Liu 2025 (arXiv 2502.16982, eq. 4) so that AdamW's learning rate and weight decay
-    fit.
+    fit. dtype: see `orthogonalize`.
     """
 
-    def __init__(self, params, lr, momentum=0.95, weight_decay=0.0):
+    def __init__(self, params, lr, momentum=0.95, weight_decay=0.0, dtype=torch.float32):
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+        self.dtype = dtype
 
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
+            stacks = defaultdict(list)  # matrices of one shape go together: large products are fast
             for p in group["params"]:
-                if p.grad is None:
-                    continue
-                if "momentum" not in self.state[p]:
-                    self.state[p]["momentum"] = torch.zeros_like(p.grad)
-                average = self.state[p]["momentum"]
-                average.lerp_(p.grad, 1 - group["momentum"])
-                update = p.grad.lerp(average, group["momentum"])  # Nesterov's look ahead
-                update = orthogonalize(update.flatten(1))
-                p.mul_(1 - group["lr"] * group["weight_decay"])
-                p.add_(update.view_as(p), alpha=-0.2 * group["lr"] * max(update.shape) ** 0.5)
+                if p.grad is not None:
+                    stacks[tuple(sorted((len(p), p[0].numel())))].append(p)
+            for (_, long), params in stacks.items():
+                for p in params:
+                    if "momentum" not in self.state[p]:
+                        self.state[p]["momentum"] = torch.zeros_like(p.grad)
+                grads = [p.grad for p in params]
+                averages = [self.state[p]["momentum"] for p in params]
+                torch._foreach_lerp_(averages, grads, 1 - group["momentum"])
+                # Nesterov's look ahead
+                updates = torch._foreach_lerp(grads, averages, group["momentum"])
+                updates = [u.flatten(1) for u in updates]
+                stack = torch.stack([u if u.shape[1] == long else u.T for u in updates])
+                stack = orthogonalize(stack, self.dtype)
+                updates = [x if len(x) == len(p) else x.T for x, p in zip(stack, params)]
+                updates = [u.reshape(p.shape) for u, p in zip(updates, params)]
+                torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
+                torch._foreach_add_(params, updates, alpha=-0.2 * group["lr"] * long**0.5)
 
 
-def make_optimizers(model, config):
+def make_optimizers(
+    model: nn.Module, config: "TrainConfig", precision: str | None = None
+) -> dict[str, torch.optim.Optimizer]:
     """The optimizers of a model by name: "adamw", and where the config says so "muon" for the
-    matrices and convolutions between the first and the last layer."""
+    matrices and convolutions between the first and the last layer. precision: as for `autocast`."""
     hidden, outer, vectors = [], [], []
     for name, p in model.named_parameters():
         ends = any(part in name for part in ("embed", "conv_in", "conv_out"))
         (vectors if p.ndim < 2 else outer if ends else hidden).append(p)
     optimizers = {}
     if config.optimizer == "muon":
-        optimizers["muon"] = Muon(hidden, config.lr, weight_decay=config.weight_decay)
+        device = hidden[0].device
+        dtype = product_dtype(device, precision)
+        if device.type == "cuda" and dtype == torch.bfloat16:
+            dtype = torch.float16  # three more bits, and no value comes near 2
+        optimizers["muon"] = Muon(hidden, config.lr, weight_decay=config.weight_decay, dtype=dtype)
         hidden = []
     # No weight decay for gains and biases: pulling a norm's gain to 0 is no prior.
     groups = [
@@ -618,6 +632,7 @@ class EMA:
 
 def economize(args, *modules):
     """--grad-checkpoint and --compile, which change neither the weights nor their names."""
+    torch.backends.cudnn.benchmark = True  # of training: the shapes of all steps are the same
     for module in modules:
         for block in module.modules():
             if args.grad_checkpoint and isinstance(block, (SpaceTimeBlock, ResBlock)):
@@ -1168,7 +1183,7 @@ def memory_advice(args):
 
 def main():
     args = parse_args()
-    device = pick_device(args.device)
+    device = pick_device(args.device, args.precision)
     join_processes(device)
     preset = configure(args)
     check(args, getattr(preset, f"{args.stage}_training").batch_size, device)
@@ -1176,9 +1191,7 @@ def main():
     try:
         stage(args, preset, device)
     except (MemoryError, RuntimeError) as error:
-        # PyTorch has an error of its own for a GPU, and none for the CPU.
-        texts = ("out of memory", "can't allocate memory")
-        if isinstance(error, RuntimeError) and not any(text in str(error) for text in texts):
+        if not out_of_memory(error):
             raise
         raise UserError(f"the memory is full: try {memory_advice(args)}") from error
 

@@ -10,13 +10,15 @@ Letters used here: `b` batch, `c` channels, `f` frames, `h w` height and width. 
 (b, 3, h, w) in [-1, 1]; latents are (b, c, h / factor, w / factor).
 """
 
-import math
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from torch import nn
+from torch import Tensor, nn
+
+from text_encoder import attention
 
 
 @dataclass(frozen=True)
@@ -30,27 +32,41 @@ class VAEConfig:
     groups: int = 16  # of GroupNorm
 
     @property
-    def factor(self):
+    def factor(self) -> int:
         return self.patch * 2 ** (len(self.widths) - 1)
 
 
 # ------------------------------------------------------------------------------ blocks
 
 
+class GroupNorm(nn.GroupNorm):
+    """Normalizes in the number format of its input; the sums inside are float32.
+
+    Under CUDA's autocast it would turn bfloat16 into float32, and change the memory format of that.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not x.is_cuda:
+            return super().forward(x)
+        with torch.autocast("cuda", enabled=False):
+            weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
+            return F.group_norm(x, self.num_groups, weight, bias, self.eps)
+
+
 class ResBlock(nn.Module):
     """x + conv(silu(norm(conv(silu(norm(x)))))), (b, c_in, h, w) -> (b, c_out, h, w)."""
 
-    def __init__(self, c_in, c_out, groups):
+    def __init__(self, c_in: int, c_out: int, groups: int):
         super().__init__()
-        self.norm1 = nn.GroupNorm(groups, c_in)
+        self.norm1 = GroupNorm(groups, c_in)
         self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
-        self.norm2 = nn.GroupNorm(groups, c_out)
+        self.norm2 = GroupNorm(groups, c_out)
         self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
         self.skip = nn.Identity() if c_in == c_out else nn.Conv2d(c_in, c_out, 1)
         nn.init.zeros_(self.conv2.weight)  # a block starts as its skip: depth costs no signal
         nn.init.zeros_(self.conv2.bias)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         y = self.conv1(F.silu(self.norm1(x)))
         y = self.conv2(F.silu(self.norm2(y)))
         return self.skip(x) + y
@@ -59,37 +75,35 @@ class ResBlock(nn.Module):
 class Attention(nn.Module):
     """One head of self-attention over all pixels, (b, c, h, w) -> same; Vaswani 2017, eq. 1."""
 
-    def __init__(self, channels, groups):
+    def __init__(self, channels: int, groups: int):
         super().__init__()
-        self.norm = nn.GroupNorm(groups, channels)
+        self.norm = GroupNorm(groups, channels)
         self.qkv = nn.Conv2d(channels, 3 * channels, 1)
         self.out = nn.Conv2d(channels, channels, 1)
         nn.init.zeros_(self.out.weight)
         nn.init.zeros_(self.out.bias)
 
-    def forward(self, x):
-        height = x.shape[2]
-        q, k, v = rearrange(self.qkv(self.norm(x)), "b (n c) h w -> n b (h w) c", n=3)
-        weights = (q @ k.transpose(1, 2) / math.sqrt(q.shape[-1])).softmax(-1)
-        y = rearrange(weights.to(v.dtype) @ v, "b (h w) c -> b c h w", h=height)
-        return x + self.out(y)
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = rearrange(self.qkv(self.norm(x)), "b (k c) h w -> k b 1 (h w) c", k=3)
+        y = attention(q, k, v)
+        return x + self.out(rearrange(y, "b 1 (h w) c -> b c h w", h=x.shape[2]))
 
 
 class Upsample(nn.Module):
     """Nearest neighbour, then a convolution: transposed convolutions leave a checkerboard."""
 
-    def __init__(self, c_in, c_out):
+    def __init__(self, c_in: int, c_out: int):
         super().__init__()
         self.conv = nn.Conv2d(c_in, c_out, 3, padding=1)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         return self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))
 
 
 class Encoder(nn.Module):
     """Frames (b, 3, h, w) -> mean and log-variance (b, 2 c, h / factor, w / factor)."""
 
-    def __init__(self, config):
+    def __init__(self, config: VAEConfig):
         super().__init__()
         widths, groups = config.widths, config.groups
         self.patch = config.patch
@@ -101,10 +115,10 @@ class Encoder(nn.Module):
                 layers.append(nn.Conv2d(width, widths[level + 1], 3, stride=2, padding=1))
         self.down = nn.Sequential(*layers)
         self.middle = middle(widths[-1], groups)
-        self.norm_out = nn.GroupNorm(groups, widths[-1])
+        self.norm_out = GroupNorm(groups, widths[-1])
         self.conv_out = nn.Conv2d(widths[-1], 2 * config.latent_channels, 3, padding=1)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         x = self.conv_in(F.pixel_unshuffle(x, self.patch))
         x = self.middle(self.down(x))
         return self.conv_out(F.silu(self.norm_out(x)))
@@ -113,7 +127,7 @@ class Encoder(nn.Module):
 class Decoder(nn.Module):
     """Latents (b, c, h / factor, w / factor) -> frames (b, 3, h, w), unbounded: clip to [-1, 1]."""
 
-    def __init__(self, config):
+    def __init__(self, config: VAEConfig):
         super().__init__()
         widths, groups = config.widths[::-1], config.groups
         self.patch = config.patch
@@ -125,16 +139,23 @@ class Decoder(nn.Module):
             if level + 1 < len(widths):
                 layers.append(Upsample(width, widths[level + 1]))
         self.up = nn.Sequential(*layers)
-        self.norm_out = nn.GroupNorm(groups, widths[-1])
+        self.norm_out = GroupNorm(groups, widths[-1])
         self.conv_out = nn.Conv2d(widths[-1], 3 * config.patch**2, 3, padding=1)
 
-    def forward(self, z):
-        x = self.up(self.middle(self.conv_in(z)))
-        x = self.conv_out(F.silu(self.norm_out(x)))
-        return F.pixel_shuffle(x, self.patch)
+    def features(self, z: Tensor) -> Tensor:
+        """What the last layer turns into pixels."""
+        return F.silu(self.norm_out(self.up(self.middle(self.conv_in(z)))))
+
+    def forward(self, z: Tensor) -> Tensor:
+        return F.pixel_shuffle(self.conv_out(self.features(z)), self.patch)
+
+    def compile(self, *args, **kwargs):
+        """All but the last layer: compiled code goes backward once only, and `adaptive_weight`
+        passes there twice before the whole loss does."""
+        self.features = torch.compile(self.features, *args, **kwargs)
 
 
-def middle(width, groups):
+def middle(width: int, groups: int) -> nn.Module:
     """The bottom of encoder and decoder: the only place where far-apart pixels see each other."""
     return nn.Sequential(
         ResBlock(width, width, groups), Attention(width, groups), ResBlock(width, width, groups)
@@ -144,17 +165,17 @@ def middle(width, groups):
 class DiagonalGaussian:
     """q(z|x) = N(mean, exp(logvar)) per element; Kingma & Welling 2014."""
 
-    def __init__(self, moments):
+    def __init__(self, moments: Tensor):
         """moments: (b, 2 c, h, w), mean and log-variance stacked along the channels."""
         self.mean, logvar = moments.float().chunk(2, dim=1)
         self.logvar = logvar.clamp(-30, 20)  # exp of it stays finite in float32
 
-    def sample(self, eps=None):
-        """mean + std * eps with eps ~ N(0, I): the reparametrisation trick, eq. 4."""
+    def sample(self, eps: Tensor | None = None) -> Tensor:
+        """mean + std * eps with eps ~ N(0, I): the reparametrization trick, section 2.4."""
         eps = torch.randn_like(self.mean) if eps is None else eps
         return self.mean + (0.5 * self.logvar).exp() * eps
 
-    def kl(self):
+    def kl(self) -> Tensor:
         """KL(q || N(0, I)) per element, (b, c, h, w); Kingma & Welling 2014, appendix B."""
         return 0.5 * (self.mean**2 + self.logvar.exp() - 1 - self.logvar)
 
@@ -164,11 +185,9 @@ class DiagonalGaussian:
 
 class AutoencoderKL(nn.Module):
     """Frames to latents and back. After `set_latent_statistics`, `encode_video` gives latents of
-    zero mean and unit variance per channel over the training set: the diffusion model's noise
-    schedule assumes unit variance, and a measured buffer beats a constant copied from another
-    model."""
+    zero mean and unit variance per channel over the training set, as the noise schedule assumes."""
 
-    def __init__(self, config):
+    def __init__(self, config: VAEConfig):
         super().__init__()
         self.config = config
         self.encoder = Encoder(config)
@@ -177,49 +196,56 @@ class AutoencoderKL(nn.Module):
         self.register_buffer("latent_std", torch.ones(config.latent_channels))
         self.to(memory_format=torch.channels_last)  # 3x3 convolutions are about twice as fast
 
-    def encode(self, x):
-        """Frames (b, 3, h, w) in [-1, 1] -> DiagonalGaussian over unnormalised latents.
+    def encode(self, x: Tensor) -> DiagonalGaussian:
+        """Frames (b, 3, h, w) in [-1, 1] -> the distribution of their unnormalized latents.
 
         Raises ValueError when a side is not a multiple of the factor."""
         if x.shape[-1] % self.config.factor or x.shape[-2] % self.config.factor:
             raise ValueError(
                 f"frame sides {tuple(x.shape[-2:])} must be multiples of {self.config.factor}"
             )
-        return DiagonalGaussian(self.encoder(x.contiguous(memory_format=torch.channels_last)))
+        return DiagonalGaussian(self.encoder(self._prepare(x)))
 
-    def decode(self, z):
-        """Unnormalised latents (b, c, h, w) -> frames (b, 3, factor h, factor w)."""
-        return self.decoder(z.contiguous(memory_format=torch.channels_last))
+    def decode(self, z: Tensor) -> Tensor:
+        """Unnormalized latents (b, c, h, w) -> frames (b, 3, factor h, factor w)."""
+        return self.decoder(self._prepare(z))
+
+    def _prepare(self, x):
+        """In the number format of the weights, and in their memory format."""
+        return x.to(self.last_layer.dtype).contiguous(memory_format=torch.channels_last)
 
     @property
-    def last_layer(self):
+    def last_layer(self) -> nn.Parameter:
         """The weight at which reconstruction and adversarial gradients are compared."""
         return self.decoder.conv_out.weight
 
-    def set_latent_statistics(self, latents):
-        """latents: unnormalised (b, c, f, h, w) of the training set."""
+    def set_latent_statistics(self, latents: Tensor):
+        """latents: unnormalized (b, c, f, h, w) of the training set, on the CPU."""
         channels = rearrange(latents.double(), "b c f h w -> c (b f h w)")
-        self.latent_mean.copy_(channels.mean(1))
-        self.latent_std.copy_(channels.std(1))
+        self.latent_mean.copy_(channels.mean(1).float())  # some devices have no float64
+        self.latent_std.copy_(channels.std(1).float())
 
     def _statistics(self):
         return (s[:, None, None, None] for s in (self.latent_mean, self.latent_std))
 
-    def encode_video(self, video, chunk=128):
-        """(b, 3, f, h, w) in [-1, 1] -> normalised latents (b, c, f, h / factor, w / factor).
+    def encode_video(self, video: Tensor, pixels: int = 2**19) -> Tensor:
+        """(b, 3, f, h, w) in [-1, 1] -> normalized latents (b, c, f, h / factor, w / factor).
 
-        The mean of q(z|x) is taken, `chunk` frames at a time to bound the memory."""
+        The mean of q(z|x) is taken. So many frames at a time as have `pixels` pixels, but one at
+        least, which bounds the memory."""
         frames = rearrange(video, "b c f h w -> (b f) c h w")
-        z = torch.cat([self.encode(part).mean for part in frames.split(chunk)])
+        parts = frames.split(max(1, pixels // frames[0, 0].numel()))
+        z = torch.cat([self.encode(part).mean for part in parts])
         mean, std = self._statistics()
         return (rearrange(z, "(b f) c h w -> b c f h w", b=len(video)) - mean) / std
 
-    def decode_video(self, latents, chunk=128):
-        """Normalised latents (b, c, f, h, w) -> video (b, 3, f, factor h, factor w), about [-1,
-        1]."""
+    def decode_video(self, latents: Tensor, pixels: int = 2**19) -> Tensor:
+        """Normalized latents (b, c, f, h, w) -> video (b, 3, f, factor h, factor w), float32, about
+        [-1, 1]; pixels: as in `encode_video`."""
         mean, std = self._statistics()
         z = rearrange(latents * std + mean, "b c f h w -> (b f) c h w")
-        frames = torch.cat([self.decode(part).float() for part in z.split(chunk)])
+        parts = z.split(max(1, pixels // (self.config.factor**2 * z[0, 0].numel())))
+        frames = torch.cat([self.decode(part).float() for part in parts])
         return rearrange(frames, "(b f) c h w -> b c f h w", b=len(latents))
 
 
@@ -233,33 +259,33 @@ class PatchDiscriminator(nn.Module):
     batches.
     """
 
-    def __init__(self, width=64, layers=3):
+    def __init__(self, width: int = 64, layers: int = 3):
         super().__init__()
         modules = [nn.Conv2d(3, width, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
         for i in range(layers):
             c_in, c_out = width * min(2**i, 8), width * min(2 ** (i + 1), 8)
             stride = 2 if i + 1 < layers else 1
             modules += [nn.Conv2d(c_in, c_out, 4, stride=stride, padding=1, bias=False)]
-            modules += [nn.GroupNorm(8, c_out), nn.LeakyReLU(0.2)]
+            modules += [GroupNorm(8, c_out), nn.LeakyReLU(0.2)]
         modules.append(nn.Conv2d(c_out, 1, 4, padding=1))
         self.layers = nn.Sequential(*modules)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         return self.layers(x)
 
 
 class VGGFeatures(nn.Module):
     """Perceptual distance: mean squared difference of unit-length VGG16 features after each stage.
 
-    As LPIPS (Zhang 2018) with all channels weighted equally. path: torchvision's
-    `vgg16-397923af.pth`.
+    As LPIPS (Zhang 2018) with all channels weighted equally. path: `vgg16-397923af.pth` of
+    torchvision.
     """
 
     # Convolutions per stage, and the index of each one in torchvision's `features`.
     stages = ((64, (0, 2)), (128, (5, 7)), (256, (10, 12, 14)), (512, (17, 19, 21)))
     stages += ((512, (24, 26, 28)),)
 
-    def __init__(self, path=None):
+    def __init__(self, path: Path | str | None = None):
         super().__init__()
         self.convolutions = nn.ModuleDict()
         c_in = 3
@@ -278,7 +304,7 @@ class VGGFeatures(nn.Module):
             self.convolutions.load_state_dict(state)
         self.requires_grad_(False)
 
-    def features(self, x):
+    def features(self, x: Tensor) -> list[Tensor]:
         """One map per stage, normalized over channels, of pictures x (b, 3, h, w) in [-1, 1]."""
         x = (x - self.mean) / self.std
         outputs = []
@@ -289,7 +315,7 @@ class VGGFeatures(nn.Module):
             outputs.append(F.normalize(x.float(), dim=1))
         return outputs
 
-    def forward(self, x, y):
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """Frames (b, 3, h, w) in [-1, 1], twice -> scalar distance."""
         pairs = zip(self.features(x), self.features(y))
         return sum((p - q).square().sum(1).mean() for p, q in pairs)
@@ -308,10 +334,9 @@ class VAELossConfig:
 
 
 class VAELoss(nn.Module):
-    """L1 + MSE + KL (+ VGG features) (+ hinge GAN with the adaptive weight of Esser 2021, eq.
-    7)."""
+    """L1 + MSE + KL (+ VGG features) (+ a discriminator's opinion, see `adaptive_weight`)."""
 
-    def __init__(self, config, vgg_path=None):
+    def __init__(self, config: VAELossConfig, vgg_path: Path | str | None = None):
         super().__init__()
         if config.vgg_weight and vgg_path is None:
             raise ValueError("vgg_weight needs the VGG16 weights: random ones would mean nothing")
@@ -319,10 +344,11 @@ class VAELoss(nn.Module):
         self.discriminator = PatchDiscriminator() if config.gan_weight else None
         self.vgg = VGGFeatures(vgg_path) if config.vgg_weight else None
 
-    def generator_loss(self, x, x_hat, posterior, last_layer, step):
-        """Loss of the autoencoder. x, x_hat: frames (b, 3, h, w) in [-1, 1] and their
-        reconstruction; last_layer: the decoder's last weight. Returns (scalar loss, dict of the
-        terms as floats)."""
+    def generator_loss(
+        self, x: Tensor, x_hat: Tensor, posterior: DiagonalGaussian, last_layer: Tensor, step: int
+    ) -> tuple[Tensor, dict[str, float]]:
+        """The loss of the autoencoder and its terms. x, x_hat: frames (b, 3, h, w) in [-1, 1] and
+        their reconstruction; last_layer: the decoder's last weight."""
         config, x_hat = self.config, x_hat.float()
         terms = {"l1": (x_hat - x).abs().mean(), "mse": F.mse_loss(x_hat, x)}
         terms["kl"] = posterior.kl().mean()
@@ -340,19 +366,18 @@ class VAELoss(nn.Module):
         loss = loss + config.kl_weight * terms["kl"]
         return loss, {name: term.item() for name, term in terms.items()}
 
-    def discriminator_loss(self, x, x_hat):
+    def discriminator_loss(self, x: Tensor, x_hat: Tensor) -> Tensor:
         """Hinge loss (Lim & Ye 2017): push real logits above 1 and fake ones below -1."""
         real = self.discriminator(x).float()
         fake = self.discriminator(x_hat.detach()).float()
         return 0.5 * (F.relu(1 - real).mean() + F.relu(1 + fake).mean())
 
 
-def adaptive_weight(reconstruction, adversarial, last_layer):
-    """|grad of the reconstruction loss| / |grad of the GAN loss| at the last layer; Esser 2021, eq.
-    7.
+def adaptive_weight(reconstruction: Tensor, adversarial: Tensor, last_layer: Tensor) -> Tensor:
+    """|gradient of the reconstruction loss| / |gradient of the adversarial loss|, both with respect
+    to the decoder's last layer; Esser 2021, eq. 7.
 
-    Keeps the two in balance however the loss scales drift; at most 1e4, and a constant for the
-    step."""
+    It keeps the two in balance while they change. At most 1e4; no gradient flows through it."""
     (grad_rec,) = torch.autograd.grad(reconstruction, last_layer, retain_graph=True)
     (grad_gan,) = torch.autograd.grad(adversarial, last_layer, retain_graph=True)
     return (grad_rec.norm() / (grad_gan.norm() + 1e-4)).clamp(0, 1e4).detach()

@@ -10,21 +10,23 @@ at one for all, which gives nothing away. FVD is that to the training clips. In 
 generated clips stand above the training clips nearest to them.
 """
 
-import argparse
-import itertools
 import sys
-from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from tools import Parser, number, pick_device, print_row, run_command
+
+import argparse
+import itertools
+from dataclasses import replace
+
+import numpy as np
 
 import metrics
 from data import FRAMES, VideoFolder, contact_sheet, read_ahead, write_picture
 from experiments.reference import spoil
 from sample import CHECKPOINT, load_pipeline
-from tools import Parser, number, pick_device, print_row, run_command
 
 
 def root_mean_square(a, b):
@@ -45,13 +47,13 @@ def nearest(checkpoint, data, num, picture):
     videos = {
         "real": clips,
         "copy": np.stack([spoil(clip, "reconstructed", None, pipeline.vae) for clip in clips]),
-        "generated": pipeline.generate(asked, fps=rates, progress=True),
-        "generated, one rate": pipeline.generate(asked, fps=np.median(rates), progress=True),
+        "generated": pipeline.generate(asked, fps=rates),
+        "generated, one rate": pipeline.generate(asked, fps=np.median(rates)),
     }
     sides, found = {}, {}
     for name, some in videos.items():
         samples = (replace(s, video=v) for s, v in zip(itertools.cycle(real), some))
-        sides[name] = metrics.extract(samples, len(some), networks, device, name)
+        sides[name] = metrics.extract(samples, len(some), networks, device, title=name)
         distances = np.array([root_mean_square(video, clips) for video in some])
         if name == "real":
             np.fill_diagonal(distances, np.inf)

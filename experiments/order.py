@@ -6,19 +6,21 @@ Prints one JSON line: of pairs "X, then Y" and "Y, then X", each drawn from the 
 the oracle reads as they were asked for.
 """
 
-import argparse
-import itertools
 import sys
-from dataclasses import replace
 from pathlib import Path
-
-import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from tools import Parser, number, pick_device, print_row, run_command
+
+import argparse
+import itertools
+from dataclasses import replace
+
+import numpy as np
+
 from sample import CHECKPOINT, load_pipeline
 from shapes import MovingShapes, actions_shown, describe
-from tools import Parser, number, pick_device, print_row, run_command
 
 
 def ordered_pairs(num):

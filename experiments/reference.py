@@ -6,21 +6,23 @@
 Prints a JSON line for each way to spoil it.
 """
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from tools import Parser, autocast, number, pick_device, print_row, run_command
+
 import argparse
 import copy
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 import metrics
 from data import FRAMES, VideoFolder, to_model, to_uint8
 from sample import CHECKPOINT, load_pipeline
-from tools import Parser, autocast, number, pick_device, print_row, run_command
 
 
 def spoil(video, how, rng, vae=None):
@@ -48,6 +50,7 @@ def reference(checkpoint, data, num, stride):
     args = metrics.parse_args(["--real", data, "--fake", data, "--num", str(num), *options])
     networks, _ = metrics.load_networks(args, names, device)
     real = metrics.Source.open(data, 0, args, device)
+    size = metrics.agree_on_clips(args, [real])
     fake, ways = replace(real, seed=1), ["nothing", "shuffled", "noise"]
     unspoilt = vae = None
     if real.folder:
@@ -58,15 +61,16 @@ def reference(checkpoint, data, num, stride):
         vae = load_pipeline(checkpoint, device).vae
     for warning in metrics.small_sample_warnings(names, num, FRAMES):
         print(f"warning: {warning}", file=sys.stderr)
-    size = metrics.common_size([real])
-    whole = metrics.extract(real.samples(args, size), num, networks, device, "real clips")
+    whole = metrics.extract(real.samples(args, size), num, networks, device, title="real clips")
     for how in ways:
         rng = np.random.default_rng(0)
         spoilt = (
             replace(sample, video=spoil(sample.video, how, rng, vae))
             for sample in fake.samples(args, size)
         )
-        side = metrics.extract(spoilt, num, networks, device, how, whole["size"])
+        side = metrics.extract(
+            spoilt, num, networks, device, title=how, size=whole["size"]
+        )
         unspoilt = side if how == "nothing" else unspoilt
         same = metrics.compare(unspoilt, side, ["fvd"])["fvd"]
         print_row(spoilt=how, num=num, **metrics.compare(whole, side, names), fvd_of_same=same)

@@ -7,25 +7,27 @@ small model on clips of the whole action and on slices of it, and lets both draw
 that world. Prints a JSON line for each row of the table.
 """
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from tools import Parser, load_checkpoint, number, pick_device, print_row, run_command
+from tools import save_atomically
+
 import argparse
 import contextlib
 import csv
 import itertools
-import sys
 import tempfile
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import train
 from data import FRAMES, VideoFolder, write_video
 from sample import CHECKPOINT, load_pipeline
 from shapes import COLOURS, DIRECTIONS, Thing, actions_shown, describe, place_in_frame, render
-from tools import Parser, load_checkpoint, number, pick_device, print_row, run_command
-from tools import save_atomically
 
 
 WORLD = {"frames": 4 * FRAMES, "fps": 20.0}  # of the videos: they are as long as four clips

@@ -1,67 +1,224 @@
 """How fast is it? Not a test: timings depend on the machine and on what else it does.
 
-    python experiments/speed.py shapes      # captioned clips rendered per second, on one core
+    python experiments/speed.py step        # a training step of a preset, phase by phase
+    python experiments/speed.py step --preset ucf101 --batch-size 4 --grad-checkpoint
+    python experiments/speed.py sample      # seconds from a sentence to its video; for 16 at once
+    python experiments/speed.py kernels     # what the device can do; attention, both ways
+    python experiments/speed.py peers       # UNet steps, beside other people's UNets
+    python experiments/speed.py shapes      # captioned clips rendered per second
     python experiments/speed.py data --data FOLDER         # clips of a folder decoded per second
-    python experiments/speed.py train       # UNet steps of a preset, beside other people's UNets
-    python experiments/speed.py train --preset ucf101 --batch-size 1 --grad-checkpoint
-    python experiments/speed.py start       # seconds from starting sample.py to the finished GIF
     python experiments/speed.py i3d         # clips through I3D per second
 
-How good it is: the other files in experiments/.
+One JSON line for each row. How good it is: the other files in experiments/.
 """
 
 import argparse
-import subprocess
 import sys
-import tempfile
 import time
+from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from tools import Parser, autocast, number, pick_device, run_command
-from train import PRESETS, add_memory_options, economize, make_optimizers, memory_gib
+import train
+from diffusion import NoiseSchedule
+from sample import Pipeline
+from text_encoder import TextEncoder, Tokenizer, attention_weights
+from tools import DEVICES, Parser, autocast, number, pick_device, print_row, product_dtype
+from tools import run_command
 from unet3d import UNet3D
+from vae import AutoencoderKL
+
+PROMPT = "a red circle moves right, then up"
+
+# ------------------------------------------------------------------------------ clocks
 
 
-def shapes(clips=1000):
-    from shapes import MovingShapes
-
-    dataset = MovingShapes(clips)
-    start = time.perf_counter()
-    for i in range(clips):
-        dataset[i]
-    return {"clips per second": clips / (time.perf_counter() - start)}
-
-
-def data(folder, videos=8, rounds=4):
-    """Clips of 16 frames at 128 pixels, beside reading the same files whole with imageio."""
-    import imageio.v3 as iio
-    from data import VideoFolder, read_ahead
-
-    dataset, results = VideoFolder(folder, size=128), {}
-    picked = np.linspace(0, len(dataset) - 1, min(videos, len(dataset))).astype(int).tolist()
-    for workers in (1, 2):
-        start = time.perf_counter()
-        clips = sum(clip is not None for _, clip in read_ahead(dataset, picked * rounds, workers))
-        seconds = time.perf_counter() - start
-        results[f"clips per second, {workers} worker{'s' * (workers > 1)}"] = clips / seconds
-    start = time.perf_counter()
-    frames = [len(iio.imread(Path(folder) / dataset.items[i][0], plugin="pyav")) for i in picked]
-    seconds = time.perf_counter() - start
-    results["files per second, whole, with imageio"] = len(frames) / seconds
-    return results | {"frames in a file, on average": sum(frames) / len(frames)}
+def now():
+    """Seconds, when all that a GPU was asked to do is done."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    elif torch.backends.mps.is_available():
+        torch.mps.synchronize()
+    return time.perf_counter()
 
 
-# ------------------------------------------------------------------------------ the UNet
+def seconds(*actions, rounds=7, limit=60):
+    """The median time of each action, after one more round to warm up; of fewer rounds, two at
+    least, where they take longer than `limit`. The actions take turns, so that whatever else the
+    machine does hits all alike."""
+    times, begin = [], now()
+    while len(times) < 3 or len(times) <= rounds and now() - begin < limit:
+        times.append([])
+        for action in actions:
+            start = now()
+            action()
+            times[-1].append(now() - start)
+    return np.median(times[1:], axis=0).tolist()
+
+
+def flops(action):
+    """Of the matrix products and convolutions, also of those that --grad-checkpoint makes twice; a
+    multiplication and an addition are two."""
+    eager = torch.compiler.set_stance("force_eager")
+    with eager, FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        action()
+    return counter.get_total_flops()
+
+
+def kernels_of(action):
+    """How many kernels a CUDA GPU runs in the action."""
+    if not torch.cuda.is_available():
+        return {}
+    with torch.profiler.profile() as profile:
+        action()
+        torch.cuda.synchronize()
+    on_gpu = torch.autograd.DeviceType.CUDA
+    return {"kernels": sum(e.device_type == on_gpu for e in profile.events())}
+
+
+def count_parameters(model):
+    return sum(p.numel() for p in model.parameters())
+
+
+def matrix_peak(device, dtype):
+    """FLOP/s of a product of two large matrices."""
+    size = 2048 if device.type == "cpu" else 8192
+    a, b = torch.randn(2, size, size, device=device).to(dtype)
+    return 2 * size**3 / seconds(lambda: a @ b)[0]
+
+
+# ------------------------------------------------------------------------------ our steps
+
+
+class Step:
+    """The training step of `train.train_diffusion`, on random latents and captions of 16 tokens.
+
+    times: None, or {phase: its seconds in each step}: the device is waited for after each phase.
+    """
+
+    def __init__(self, args, device, clips=64):
+        preset = train.PRESETS[args.preset]
+        self.args, self.device, config = args, device, preset.diffusion_training
+        self.config = replace(config, batch_size=args.batch_size or config.batch_size)
+        models = {"text_encoder": TextEncoder(preset.text), "unet": UNet3D(preset.unet)}
+        self.model = nn.ModuleDict(models).to(device).train()
+        self.schedule = NoiseSchedule(preset.diffusion)
+        self.ema = train.EMA(self.model, config.ema)
+        self.optimizers = train.make_optimizers(self.model, config, args.precision)
+        train.economize(args, *self.model.values())
+        latents = torch.randn(clips, preset.unet.channels, 16, *[preset.unet.latent_size] * 2)
+        self.data = torch.arange(clips), torch.full((clips,), 8.0), latents.half(), self.schedule
+        self.tokens = torch.randint(3, 259, (clips + 1, 16), device=device)
+        self.mask = torch.ones_like(self.tokens, dtype=torch.bool)
+        self.number, self.times = 0, None
+
+    def lap(self, phase=None):
+        if self.times is not None:
+            last, self.last = getattr(self, "last", 0), now()
+            self.times[phase].append(self.last - last)
+
+    def gradients(self):
+        self.number += 1
+        self.lap()
+        batch = train.draw_batch(0, self.number, self.config, *self.data)
+        self.lap("draw")
+        for share, part in train.parts(batch, self.args.grad_accum, self.device):
+            with autocast(self.device, self.args.precision):
+                loss = train.text_to_video_loss(
+                    self.model, self.schedule, self.tokens, self.mask, *part
+                )
+            self.lap("forward")
+            (share * loss).backward()
+            self.lap("backward")
+
+    def __call__(self):
+        for optimizer in self.optimizers.values():
+            optimizer.zero_grad()
+        self.gradients()
+        nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip).item()
+        self.lap("clip")
+        for name, optimizer in self.optimizers.items():
+            optimizer.step()
+            self.lap(name)
+        self.ema.update(self.model, self.number)
+        self.lap("average")
+
+
+def step(args):
+    """Milliseconds of a training step, and of its phases when each is waited for; what it computes,
+    as a share of what large matrices reach."""
+    device = pick_device(args.device, args.precision)
+    dtype = product_dtype(device, args.precision)
+    run, begin = Step(args, device), now()
+    run()
+    first, work = now() - begin, flops(run.gradients)
+    total, = seconds(run)
+    run.times = defaultdict(list)
+    seconds(run)
+    phases = {f"{name}_ms": 1e3 * np.median(times) for name, times in run.times.items() if name}
+    run.times, peak = None, matrix_peak(device, dtype)
+    print_row(
+        preset=args.preset, device=device.type, precision=str(dtype), clips=run.config.batch_size,
+        parameters=count_parameters(run.model), first_ms=1e3 * first, step_ms=1e3 * total, **phases,
+        **kernels_of(run), clips_per_second=run.config.batch_size / total, gflop=work / 1e9,
+        gflops=work / total / 1e9, of_peak=work / total / peak, gib=train.memory_gib(),
+    )
+
+
+def sample(args):
+    """Seconds from a sentence to its video, with random weights: the first time, again, and for
+    several at once."""
+    device, preset = pick_device(args.device), train.PRESETS[args.preset]
+    pipeline = Pipeline(
+        Tokenizer.train([PROMPT] * 2), TextEncoder(preset.text).eval(), UNet3D(preset.unet).eval(),
+        AutoencoderKL(preset.vae).eval(), NoiseSchedule(preset.diffusion), device,
+    )
+    if args.compile:
+        pipeline.unet.compile()
+    row = {"preset": args.preset, "device": device.type}
+    for count in (1, args.num):
+        start = now()
+        pipeline.generate([PROMPT] * count)
+        row[f"first_{count}"] = now() - start
+        row[f"again_{count}"], = seconds(lambda: pipeline.generate([PROMPT] * count), rounds=3)
+    print_row(**row)
+
+
+def kernels(args):
+    """Matrix products, copies, and the sizes of attention in ucf101: forward and backward written
+    out and by PyTorch's kernel, which is for long sequences here."""
+    device = pick_device(args.device)
+    for dtype in (torch.float32, torch.bfloat16):
+        print_row(matrices=str(dtype), gflops=matrix_peak(device, dtype) / 1e9)
+    x = torch.randn(2**24, device=device)
+    print_row(copies="float32", gb_per_second=8 * len(x) / seconds(x.clone)[0] / 1e9)
+    for name, (b, n, i, j) in {
+        "temporal, 16x16": (256, 3, 16, 16), "temporal, 4x4": (16, 16, 16, 16),
+        "spatial, 8x8": (16, 6, 64, 64), "spatial, 16x16": (16, 6, 256, 256),
+        "words, 8x8": (1, 6, 1024, 16),
+    }.items():
+        shapes, dtype = [(args.batch_size * b, n, k, 32) for k in (i, j, j)], product_dtype(device)
+        q, k, v = (torch.randn(s, device=device, dtype=dtype).requires_grad_() for s in shapes)
+        written, fused = seconds(
+            lambda: torch.autograd.grad((attention_weights(q, k) @ v).sum(), (q, k, v)),
+            lambda: torch.autograd.grad(F.scaled_dot_product_attention(q, k, v).sum(), (q, k, v)),
+            limit=5,
+        )
+        print_row(attention=name, written_out_ms=1e3 * written, fused_ms=1e3 * fused)
+
+
+# ------------------------------------------------------------------------------ other UNets
 
 
 def unet_inputs(config, batch, device):
@@ -75,17 +232,13 @@ def unet_inputs(config, batch, device):
     return x, torch.arange(batch, device=device), words, mask, fps
 
 
-def parameters(model):
-    return sum(p.numel() for p in model.parameters())
-
-
 def matched(build, wanted):
     """The model build(width, multiple) that comes within 5% of the wanted number of parameters, all
     its widths multiples of as round a number as will do."""
     for multiple in (32, 16, 8, 4):
         for width in range(32, 1024, multiple):
             with torch.device("meta"):  # no memory, no work
-                count = parameters(build(width, multiple))
+                count = count_parameters(build(width, multiple))
             if count > 0.95 * wanted:
                 break
         if count < 1.05 * wanted:
@@ -135,167 +288,127 @@ PEERS = {"diffusers": diffusers_unet, "video-diffusion-pytorch": lucidrains_unet
 
 
 class Contender:
-    """A UNet in training, and in sampling one clip: a batch of two, with its caption and without.
+    """A UNet in training with AdamW, and in sampling one clip: a batch of two, with its caption and
+    without. predict: its forward as a function of `unet_inputs`."""
 
-    predict: its forward as a function of `unet_inputs`.
-    """
-
-    def __init__(self, name, model, predict, training, config, args, device):
+    def __init__(self, name, model, predict, args, config, device):
         self.name, self.predict, self.device, self.args = name, predict, device, args
         self.model = model.to(device).train()
-        self.optimizers = make_optimizers(model, training).values()
-        self.batch = unet_inputs(config, args.batch_size, device)
+        training = replace(train.PRESETS[args.preset].diffusion_training, optimizer="adamw")
+        self.optimizer = train.make_optimizers(model, training)["adamw"]
+        self.batch = unet_inputs(config, args.batch_size or training.batch_size, device)
         self.pair = unet_inputs(config, 2, device)
 
     def gradients(self):
-        for part in zip(*(x.tensor_split(self.args.grad_accum) for x in self.batch)):
+        for _, part in train.parts(self.batch, self.args.grad_accum, self.device):
             with autocast(self.device, self.args.precision):
                 loss = (self.predict(*part).float() - part[0]).square().mean()
             loss.backward()
 
-    def update(self):
-        for optimizer in self.optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
+    def train(self):
+        self.gradients()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
 
     def sample(self):
+        self.model.eval()
         with torch.inference_mode(), autocast(self.device, self.args.precision):
             self.predict(*self.pair)
 
-    def flops(self):
-        """Of the matrix products and convolutions of forward and backward, also of those that
-        --grad-checkpoint makes twice; a multiplication and an addition are two."""
-        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-            self.gradients()
-        return counter.get_total_flops()
 
-
-def seconds(actions, rounds):
-    """The median time of each action, after one more round to warm up; of fewer rounds, two at
-    least, where they take over a minute. The actions take turns, so that whatever else the machine
-    does hits all alike."""
-    times, begin = [], time.perf_counter()
-    while len(times) < 3 or len(times) <= rounds and time.perf_counter() - begin < 60:
-        times.append([])
-        for action in actions:
-            start = time.perf_counter()
-            action()
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            times[-1].append(time.perf_counter() - start)
-    return np.median(times[1:], axis=0)
-
-
-def matrix_peak(device, dtype, size=4096):
-    """FLOP/s of a product of two large matrices."""
-    a, b = torch.randn(2, size, size, device=device).to(dtype)
-    return 2 * size**3 / seconds([lambda: a @ b], 5)[0]
-
-
-def compare(contenders, peak, rounds=7):
-    """A line for each: medians, and their speed in training and sampling beside the first one's.
-    A training step is what comes before the optimizer and the optimizer."""
-    row = "{:24}{:>9}{:>8}{:>10}{:>8}{:>8}{:>8}{:>9}{:>11}{:>7}{:>7}".format
-    print(row("", "params", "s/step", "optimizer", "clips/s", "GFLOP", "GFLOP/s", "of peak",
-              "s/sampling", "train", "sample"))
-    flops = [c.flops() for c in contenders]
-    halves = seconds([half for c in contenders for half in (c.gradients, c.update)], rounds)
-    training = halves[::2] + halves[1::2]
-    for c in contenders:
-        c.model.eval()
-    sampling = seconds([c.sample for c in contenders], 3 * rounds)
-    for c, work, step, update, sample in zip(contenders, flops, training, halves[1::2], sampling):
-        print(row(
-            c.name, f"{parameters(c.model) / 1e6:.2f} M", f"{step:.3f}", f"{update:.3f}",
-            f"{len(c.batch[0]) / step:.2f}", f"{work / 1e9:.0f}", f"{work / step / 1e9:.0f}",
-            f"{work / step / peak:.0%}", f"{sample:.4f}", f"{training[0] / step:.2f}x",
-            f"{sampling[0] / sample:.2f}x",
-        ))
-
-
-def train(**options):
+def peers(args):
     """Training and sampling steps of a preset's UNet, and of other people's with as many parameters
     where their packages are installed: the same batch, latents, words and number format, all with
-    AdamW then, one step of each in turn."""
-    args, device = argparse.Namespace(**options), pick_device("auto")
-    preset = PRESETS[args.preset]
-    config, training = preset.unet, preset.diffusion_training
-    args.batch_size = args.batch_size or training.batch_size
+    AdamW, one step of each in turn."""
+    device, config = pick_device(args.device, args.precision), train.PRESETS[args.preset].unet
     unet = UNet3D(config)
-    economize(args, unet)
-    ours = Contender("UNet3D", unet, unet, training, config, args, device)
-    for _ in range(2):
-        ours.gradients()
-        ours.update()
-    memory = memory_gib()
-    peaks = [matrix_peak(device, dtype) for dtype in (torch.float32, torch.bfloat16)]
-    with autocast(device, args.precision):
-        fast = torch.is_autocast_enabled(device.type)
-    print(f"{tuple(ours.batch[0].shape)} in {'bfloat16' if fast else 'float32'}; large matrices: "
-          f"{peaks[0] / 1e9:.0f} GFLOP/s in float32, {peaks[1] / 1e9:.0f} in bfloat16")
-    print(f"with {training.optimizer}:")
-    compare([ours], peaks[fast])
-
-    training = replace(training, optimizer="adamw")
-    contenders = [Contender("UNet3D", unet, unet, training, config, args, device)]
+    train.economize(args, unet)
+    contenders = [Contender("UNet3D", unet, unet, args, config, device)]
     for name, build in PEERS.items():
         try:
-            model, predict = build(config, parameters(unet))
-            contenders.append(Contender(name, model, predict, training, config, args, device))
+            model, predict = build(config, count_parameters(unet))
+            contenders.append(Contender(name, model, predict, args, config, device))
         except ImportError as error:
-            print(f"without {name}: {error}")
-    if len(contenders) > 1:
-        print("with adamw:")
-        compare(contenders, peaks[fast])
-    return {"GiB of memory at most, UNet3D alone": memory}
+            print(f"without {name}: {error}", file=sys.stderr)
+    work = [flops(c.gradients) for c in contenders]
+    training = seconds(*(c.train for c in contenders))
+    sampling = seconds(*(c.sample for c in contenders), rounds=21)
+    for c, operations, learn, draw in zip(contenders, work, training, sampling):
+        print_row(
+            unet=c.name, parameters=count_parameters(c.model), clips=len(c.batch[0]), step_s=learn,
+            gflop=operations / 1e9, gflops=operations / learn / 1e9, sampling_s=draw,
+            times_ours=learn / training[0], times_ours_sampling=draw / sampling[0],
+        )
 
 
 # ------------------------------------------------------------------------------ the rest
 
 
-def start():
-    with tempfile.TemporaryDirectory() as folder:
-        begin = time.perf_counter()
-        prompt = "a red circle moves right, then up"
-        command = [sys.executable, "sample.py", prompt, "--out", folder]
-        subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
-        return {"seconds": time.perf_counter() - begin}
+def shapes(args, clips=1000):
+    """Captioned clips of the built-in world, on one core."""
+    from shapes import MovingShapes
+
+    dataset = MovingShapes(clips)
+    begin = now()
+    for i in range(clips):
+        dataset[i]
+    print_row(clips_per_second=clips / (now() - begin))
 
 
-def i3d(batch=4, repeats=3):
+def data(args, videos=8, rounds=4):
+    """Clips of 16 frames at 128 pixels, beside reading the same files whole with imageio."""
+    import imageio.v3 as iio
+    from data import VideoFolder, read_ahead
+
+    dataset = VideoFolder(args.data, size=128)
+    picked = np.linspace(0, len(dataset) - 1, min(videos, len(dataset))).astype(int).tolist()
+    for workers in (1, 2):
+        begin = now()
+        clips = sum(clip is not None for _, clip in read_ahead(dataset, picked * rounds, workers))
+        print_row(workers=workers, clips_per_second=clips / (now() - begin))
+    begin = now()
+    paths = [Path(args.data) / dataset.items[i][0] for i in picked]
+    frames = [len(iio.imread(path, plugin="pyav")) for path in paths]
+    print_row(reader="imageio, whole files", files_per_second=len(frames) / (now() - begin),
+              frames_in_a_file=np.mean(frames))
+
+
+def i3d(args, batch=4):
+    """Clips through the network of FVD."""
     import metrics
 
-    args, device = metrics.parse_args(["--fake", "shapes"]), pick_device("auto")
-    network = metrics.load_networks(args, ["fvd"], device)[0]["i3d"]
+    device = pick_device(args.device)
+    arguments = metrics.parse_args(["--fake", "shapes"])
+    network = metrics.load_networks(arguments, ["fvd"], device)[0]["i3d"]
     video = torch.rand(batch, 3, 16, 64, 64, device=device) * 2 - 1
     with torch.inference_mode():
-        network(video)
-        start = time.perf_counter()
-        for _ in range(repeats):
-            network(video).sum().item()  # waits for the GPU
-    return {"clips per second": batch * repeats / (time.perf_counter() - start)}
+        print_row(clips_per_second=batch / seconds(lambda: network(video))[0])
 
 
-SPEEDS = {"shapes": shapes, "data": data, "train": train, "start": start, "i3d": i3d}
+SPEEDS = {f.__name__: f for f in (step, sample, kernels, peers, shapes, data, i3d)}
 
 
 def parse_args(argv=None):
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="what", required=True)
     options = {name: commands.add_parser(name, description=f.__doc__) for name, f in SPEEDS.items()}
-    options["data"].add_argument("--data", dest="folder", required=True, help="a folder of videos")
-    group = options["train"].add_argument_group("as in train.py")
-    group.add_argument("--preset", default="shapes", choices=PRESETS, help="(%(default)s)")
-    group.add_argument("--batch-size", type=number(int, 1, 10**6), help="(the preset's)")
-    add_memory_options(group)
+    for name in ("step", "sample", "kernels", "peers", "i3d"):
+        options[name].add_argument("--device", default="auto", choices=DEVICES)
+    for name in ("step", "sample", "peers"):
+        options[name].add_argument("--preset", default="shapes", choices=train.PRESETS)
+    for name, clips in (("step", None), ("peers", None), ("kernels", 8)):
+        options[name].add_argument("--batch-size", type=number(int, 1, 10**6), default=clips)
+    for name in ("step", "peers"):
+        train.add_memory_options(options[name].add_argument_group("as in train.py"))
+    options["sample"].add_argument("--num", type=number(int, 2, 10_000), default=16)
+    options["sample"].add_argument("--compile", action="store_true")
+    options["data"].add_argument("--data", required=True, help="a folder of videos")
     return parser.parse_args(argv)
 
 
 def main():
-    options = vars(parse_args())
-    what = options.pop("what")
-    for name, value in SPEEDS[what](**options).items():
-        print(f"{what}: {value:.3g} {name}")
+    args = parse_args()
+    SPEEDS[args.what](args)
 
 
 if __name__ == "__main__":

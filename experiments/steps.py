@@ -5,23 +5,25 @@
 Prints a JSON line for each sampler and number of steps: the share of captions drawn right.
 """
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from tools import Parser, number, pick_device, print_row, run_command
+
 import argparse
 import math
-import sys
 import time
-from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from data import FPS, write_picture
 from diffusion import SAMPLERS
 from metrics import caption_sets
 from sample import CHECKPOINT, load_pipeline
 from shapes import caption_accuracy
-from tools import Parser, number, pick_device, print_row, run_command
 
 
 LINES = ((230, 75, 60), (70, 140, 240), (60, 180, 90))

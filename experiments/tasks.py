@@ -5,21 +5,23 @@
 Prints three tables, a JSON line for each row.
 """
 
-import argparse
-import itertools
 import sys
-import time
 from pathlib import Path
 
-import numpy as np
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from tools import Parser, number, pick_device, print_row, run_command
+
+import argparse
+import itertools
+import time
+
+import numpy as np
 
 from data import FPS, FRAMES
 from sample import CHECKPOINT, CONDITIONINGS, load_pipeline
 from shapes import BACKGROUND, COLOURS, DIRECTIONS, FPS_RANGE, POLYGONS, SPEED, MovingShapes
 from shapes import actions_shown, caption_accuracy
-from tools import Parser, number, pick_device, print_row, run_command
 
 
 GIVEN = {"first frame": [0], "first four": [0, 1, 2, 3], "both ends": [0, FRAMES - 1]}
@@ -50,7 +52,7 @@ def given_frames(pipeline, num):
         for conditioning in CONDITIONINGS:
             start = time.perf_counter()
             videos = pipeline.generate(
-                [sample.caption for sample in samples], given={i: truth[:, i] for i in where},
+                [sample.caption for sample in samples], pictures={i: truth[:, i] for i in where},
                 conditioning=conditioning,
             )
             seconds = time.perf_counter() - start

@@ -1,14 +1,33 @@
 """Makes the flat modules importable from the tests, leaves room for others on the machine, and
-builds one tiny model that several tests share."""
+builds one tiny model that several tests share.
 
+All tests run on the CPU, on a machine with a GPU too: they compare bits and fork processes. With
+T2V_GPU=1 only those run that are marked `gpu`."""
+
+import os
 import sys
 from pathlib import Path
+
+GPU = os.environ.get("T2V_GPU") == "1"
+if not GPU:
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch is imported, and for child processes
 
 import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 torch.set_num_threads(1)  # the models are tiny: a second thread costs more than it gives
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "gpu: needs a CUDA GPU; runs where T2V_GPU=1 is set")
+
+
+def pytest_collection_modifyitems(items):
+    skip = pytest.mark.skip(reason="T2V_GPU=1 runs it" if not GPU else "for the CPU")
+    for item in items:
+        if (item.get_closest_marker("gpu") is not None) != GPU:
+            item.add_marker(skip)
 
 
 def tiny_configs():

@@ -107,15 +107,19 @@ def test_shift_comes_before_the_rescale():
     assert make_schedule(shift=3.0).alphas_cumprod[0].item() == pytest.approx(first, rel=1e-14)
 
 
-def test_half_precision_casts_leave_the_schedule_exact():
-    parent = torch.nn.Sequential(make_schedule(), torch.nn.Linear(2, 2))
-    before = parent[0].alphas_cumprod.clone()
-    for cast in (parent.half, parent.bfloat16, parent.float):
-        cast()
-        assert parent[0].alphas_cumprod.dtype == torch.float64
-        assert torch.equal(parent[0].alphas_cumprod, before)
-    assert torch.equal(parent[0].alphas_cumprod, parent.to("cpu")[0].alphas_cumprod)
-    assert not make_schedule().state_dict()
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_factors_are_rounded_last_and_follow_the_latents(dtype):
+    schedule, t = make_schedule(), torch.tensor([0, 3, 999])
+    a = schedule.alphas_cumprod[t]
+    for device in ("cpu", "meta"):  # meta stands for a device of another kind
+        like = torch.zeros(3, 2, 1, 1, dtype=dtype, device=device)
+        alpha, sigma = schedule.alpha_sigma(t.to(device), like)
+        assert alpha.shape == (3, 1, 1, 1) and alpha.device == sigma.device == like.device
+        assert alpha.dtype == torch.promote_types(dtype, torch.float32)
+        if device == "cpu":
+            assert torch.equal(alpha.flatten(), a.sqrt().to(alpha.dtype))
+            assert torch.equal(sigma.flatten(), (1 - a).sqrt().to(alpha.dtype))
+    assert schedule.alphas_cumprod.dtype == torch.float64
 
 
 def test_q_sample_has_the_schedules_mean_and_keeps_the_dtype():
@@ -286,7 +290,7 @@ def test_posterior_at_the_ends_of_the_chain():
     assert posterior(0.0, 0.3) == pytest.approx((math.sqrt(0.3), 0.0, 0.7))  # from pure noise
 
 
-@pytest.mark.parametrize("sampler", ["ddim", "dpm", "ddpm"])
+@pytest.mark.parametrize("sampler", list(SAMPLERS))
 @pytest.mark.parametrize("prediction", ["v", "eps", "x_start"])
 @pytest.mark.parametrize("steps", [1, 2, 3, 10, 50])
 def test_an_oracle_denoiser_gives_x_start(sampler, prediction, steps):
@@ -373,10 +377,12 @@ def test_sampler_contract(sampler):
         seen.append(t[0].item())
         return (gaussian_model(schedule)(x_t, t)).bfloat16()
 
-    wrapped = []
-    x = SAMPLERS[sampler](model, schedule, noise, 6, progress=lambda s: wrapped.append(len(s)) or s)
+    watched = []
+    x = SAMPLERS[sampler](model, schedule, noise, 6, watch=lambda *args: watched.append(args))
     assert x.dtype == torch.float32 and x.shape == SHAPE and x.isfinite().all()
-    assert seen == schedule.timesteps(6) and wrapped == [6]
+    assert seen == schedule.timesteps(6)
+    assert [(step, t) for step, t, _, _ in watched] == list(enumerate(seen))
+    assert torch.equal(watched[0][2], noise) and torch.equal(watched[-1][3], x)
     assert torch.equal(noise, before)
     half = SAMPLERS[sampler](gaussian_model(schedule), schedule, noise.bfloat16(), 2)
     assert half.dtype == torch.float32
@@ -491,8 +497,7 @@ def test_reconstruction_guidance_is_the_papers_equation():
 
 
 def test_reconstruction_guidance_is_exact_where_there_is_little_noise():
-    """There the paper's Gaussian for q(given | x_t) is the true one, and w_r = 1 is Bayes (eq.
-    6)."""
+    """There the paper's Gaussian for q(given | x_t) is the true one: w_r = 1 is Bayes (eq. 6)."""
     schedule, given = make_schedule(), torch.randn(CLIPS)
     t = torch.full((4,), 15)
     x_t = schedule.q_sample(torch.randn(CLIPS), t, torch.randn(CLIPS))

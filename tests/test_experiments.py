@@ -1,16 +1,25 @@
 """The measurements measure what they say, on videos whose truth is known."""
 
+import html.parser
 import itertools
 import json
-from dataclasses import asdict
+import re
+from dataclasses import asdict, replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
-from data import VideoFolder
-from experiments import motions, nearest, order, reference, slices, speed, steps, tasks
-from shapes import COLOURS, DIRECTIONS, MOTIONS, POLYGONS, REACH, SPEED, WORDINGS, Thing, render
+import tools
+from conftest import tiny_configs
+from data import FPS, VideoFolder
+from diffusion import DiffusionConfig, SAMPLERS
+from experiments import ablate, motions, nearest, order, reference, slices, speed, steps
+from experiments import tasks, tour
+from shapes import COLOURS, DIRECTIONS, MOTIONS, POLYGONS, REACH, SPEED, WORDINGS, Thing
+from shapes import read_things, render
 
 
 def rows(text):
@@ -136,7 +145,7 @@ def test_a_model_that_repeats_its_clips_is_found_out(
     dataset = VideoFolder(tmp_path, size=32)
     clips = {dataset[i].caption: dataset[i].video for i in range(len(dataset))}
 
-    def repeat(prompts, fps, progress):
+    def repeat(prompts, fps):
         assert np.allclose(fps, dataset[0].fps) and len(prompts) == 7
         return np.stack([clips[prompt] for prompt in prompts])
 
@@ -155,9 +164,176 @@ def test_a_model_that_repeats_its_clips_is_found_out(
     assert one_rate == generated | {"clips": "generated, one rate"}
 
 
+def one_second(action):
+    action()
+    return 1.0
+
+
+@pytest.mark.parametrize("what", sorted(set(speed.SPEEDS) - {"data", "i3d"}))  # need files
+def test_every_speed_is_a_row_of_numbers(monkeypatch, capsys, what):
+    unet, text, vae = tiny_configs()
+    preset = replace(speed.train.PRESETS["shapes"], unet=unet, text=text, vae=vae)
+    monkeypatch.setitem(speed.train.PRESETS, "shapes", preset)
+    monkeypatch.setattr(speed, "matrix_peak", lambda *_: 1e12)
+    monkeypatch.setattr(speed, "seconds", lambda *actions, **_: [one_second(a) for a in actions])
+    more = {"step": "--batch-size 4 --grad-accum 2", "sample": "--num 2"}
+    more |= {"kernels": "--batch-size 1", "peers": "--batch-size 2 --grad-checkpoint"}
+    args = speed.parse_args([what, *more.get(what, "").split()])
+    speed.SPEEDS[what](args)
+    found = rows(capsys.readouterr().out)
+    numbers = [v for row in found for v in row.values() if not isinstance(v, str)]
+    assert found and numbers and min(numbers) > 0
+    if what == "step":  # a step of one second
+        assert found[0]["step_ms"] == 1000 and found[0]["clips_per_second"] == 4
+        assert found[0]["of_peak"] == pytest.approx(found[0]["gflop"] / 1000, rel=1e-3)
+        phases = {"draw", "forward", "backward", "clip", "muon", "adamw", "average"}
+        assert {f"{phase}_ms" for phase in phases} < set(found[0])
+
+
+@pytest.mark.parametrize("name, kind", [("cuda", "CUDA"), ("mps", "Apple")])
+def test_a_device_that_is_not_there_is_refused(name, kind):
+    with pytest.raises(tools.UserError, match=f"--device {name}: PyTorch sees no {kind} GPU here"):
+        tools.pick_device(name)
+
+
+@pytest.mark.parametrize("name", tools.DEVICES)
+@pytest.mark.parametrize("precision, wanted", [(None, None), ("bf16", True), ("fp32", False)])
+def test_every_device_can_be_asked_for(monkeypatch, request, name, precision, wanted):
+    for module in (torch.cuda, torch.backends.mps):
+        monkeypatch.setattr(module, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    settings = matmul.allow_tf32, cudnn.allow_tf32
+    request.addfinalizer(lambda: (setattr(matmul, "allow_tf32", settings[0]),
+                                  setattr(cudnn, "allow_tf32", settings[1])))
+    matmul.allow_tf32 = cudnn.allow_tf32 = True  # as PyTorch's advice for compiling has it
+    device = tools.pick_device(name, precision)
+    assert device.type == ("cuda" if name == "auto" else name)
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
+    assert matmul.allow_tf32 == cudnn.allow_tf32 == (precision != "fp32")
+    if device.type != "cuda":  # without CUDA there is no autocast for it
+        with tools.autocast(device, precision):
+            assert wanted in (None, torch.is_autocast_enabled(device.type))
+
+
+@pytest.mark.parametrize("name", ablate.ARMS)
+def test_every_arm_trains_and_draws(name, tiny_pipeline, monkeypatch):
+    torch.manual_seed(0)
+    arm, latents = ablate.ARMS[name], torch.randn(4, 4, 4, 4, 4)
+    captions = ["a red circle moves right", "a blue circle moves up, then left"] * 2
+    device = torch.device("cpu")
+    pipeline = ablate.train_arm(arm, 1, 0, captions, latents, tiny_pipeline.vae, device)
+    text = pipeline.tokenizer.batch(captions, 64)
+    context, x = pipeline.text_encoder(*text), torch.randn(1, 4, 4, 4, 4)
+    vectors = context[0, text[1][0]]
+    assert (vectors == vectors[0]).all() == (name == "pooled-text")
+    for p in pipeline.unet.parameters():
+        p.data.normal_(0, 0.1)
+    t, fps = torch.tensor([500]), torch.tensor([8.0])
+    frames = pipeline.unet.embedding(t, fps, 4, context[:1], text[1][:1])
+    assert (frames == frames[0]).all() == (name == "no-frame-position")
+
+    def predict():
+        return pipeline.unet(x, t, context[:1], text[1][:1], fps)
+
+    before = predict()
+    monkeypatch.setattr("unet3d.places", lambda h, w, device: torch.rand(64, h, w))
+    assert torch.equal(predict(), before) == (name == "no-places")
+    video = pipeline.generate(["a red circle moves right"], steps=1, frames=2)
+    assert video.shape == (1, 2, 64, 64, 3)
+
+
+def test_flow_says_what_it_means():
+    schedule = ablate.Flow(DiffusionConfig(shift=3.0))
+    assert schedule.alphas_cumprod[-1] == 0 and (schedule.alphas_cumprod.diff() < 0).all()
+    torch.manual_seed(0)
+    x_start, noise, t = torch.randn(3, 4, 2, 5, 5), torch.randn(3, 4, 2, 5, 5), torch.tensor(
+        [0, 500, 999])
+    x_t, target = schedule.q_sample(x_start, t, noise), schedule.target(x_start, t, noise)
+    for found, wanted in zip(schedule.predict(target, x_t, t), (x_start, noise)):
+        assert torch.allclose(found, wanted, atol=1e-4)
+    # On the straight line: x_t is s = 0.75 of the way at s / (1 - s) = 3, the shift, for u = 1/2.
+    a = schedule.alphas_cumprod[499]
+    assert torch.isclose((1 - a).sqrt() / a.sqrt(), torch.tensor(3.0).double())
+    drawn = SAMPLERS["dpm"](lambda x, t: schedule.output(x_start, x, t), schedule, noise, 5)
+    assert torch.allclose(drawn, x_start, atol=1e-4)
+
+
+def test_arms_are_compared_with_their_errors(tiny_checkpoint, monkeypatch, capsys, tmp_path):
+    packed = torch.load(tiny_checkpoint, weights_only=True)
+    packed["vae"]["state"]["latent_std"] *= 2
+    torch.save(packed, tmp_path / "model.pt")
+    monkeypatch.setattr(ablate, "CIRCLES", ablate.CIRCLES[:3])
+    _, scenes, clips = ablate.make_world(3)
+    runs = []
+
+    def train_arm(arm, steps, seed, captions, latents, vae, device):
+        runs.append((steps, seed, latents.std().item()))
+        wrong = np.concatenate([clips[:1]] * 6)
+        right = np.concatenate([clips] * 2)
+        return SimpleNamespace(generate=lambda prompts: wrong if seed == 1 else right)
+
+    monkeypatch.setattr(ablate, "train_arm", train_arm)
+    monkeypatch.setattr(ablate, "clock", lambda device: 5.0 * len(runs))  # half a second a step
+    ablate.ablate(tmp_path / "model.pt", ["baseline", "no-normalisation"], 2.0, 2, 3)
+    found = rows(capsys.readouterr().out)
+    assert [row.get("seed") for row in found] == [0, 1, None] * 2
+    assert [row["all"] for row in found[:3]] == pytest.approx([1, 1 / 3, 2 / 3], rel=1e-3)
+    assert found[2]["all_error"] == pytest.approx(1 / 3, rel=1e-3)
+    assert [run[:2] for run in runs[:4]] == [(2, 0), (10, 0), (240, 0), (240, 1)]
+    assert runs[4][2] == pytest.approx(2 * runs[0][2], rel=1e-2)
+
+
+@pytest.mark.parametrize("sentence, things", [
+    ("a small red circle moves right, then up", [("red", "circle", ("right", "up"))]),
+    ("A big white ring rises", [("white", "ring", ("up",))]),
+    ("a green star spins, then gets bigger", [("green", "star", ("spins", "grows"))]),
+    ("two people swim", None),
+    ("a red circle", None),
+])
+def test_the_tour_draws_sentences_as_the_oracle_reads_them(sentence, things):
+    clip, exact = tour.draw_sentence(sentence, 64)
+    assert clip.shape == (16, 64, 64, 3) and exact == (things is not None)
+    read = [(thing.colour, thing.shape, thing.actions) for thing in read_things(clip, FPS)]
+    assert things in (None, read)
+
+
+def test_the_tour_is_one_page_that_names_true_places(tiny_checkpoint, tmp_path, capsys):
+    sentence = "<b>1</b> & 2 red circles in a very large and very blue lake move right, then up"
+    tour.tour(tiny_checkpoint, sentence, 3, tmp_path / "tour.html")
+    assert capsys.readouterr().out == f"{tmp_path / 'tour.html'}\n"
+    text = (tmp_path / "tour.html").read_text(encoding="utf-8")
+    open_tags, void = [], {"img", "meta", "br", "path", "polyline"}
+
+    class Check(html.parser.HTMLParser):
+        """Every tag is closed, and nothing is fetched from anywhere."""
+
+        def handle_starttag(self, tag, attributes):
+            attributes = dict(attributes)
+            assert tag not in ("script", "link", "iframe")
+            assert attributes.get("src", "data:").startswith("data:")
+            assert attributes.get("href", "#").startswith("#")
+            open_tags.extend([tag] if tag not in void else [])
+
+        def handle_endtag(self, tag):
+            assert tag in void or open_tags.pop() == tag
+
+    Check().feed(text)
+    assert not open_tags and "url(" not in text and "<b>1</b>" not in text
+    anchors = re.findall(r'<section id="([\w-]+)"', text)
+    assert len(anchors) == 8 and re.findall(r'<a href="#([\w-]+)"', text) == anchors
+    places = re.findall(r"<code>(\w+\.py):(\d+)</code> <code>([\w.]+)</code>", text)
+    assert len(places) > 10
+    for file, line, name in places:
+        lines = (Path(tour.__file__).parent.parent / file).read_text().splitlines()
+        here = "".join(lines[int(line) - 1 : int(line) + 2])  # the decorators are above the name
+        assert re.search(rf"def {name.split('.')[-1]}\b", here), (file, line, name)
+
+
 @pytest.mark.parametrize("module, words", [
     (order, "--num 0"), (motions, "--num 0"), (slices, "--steps many"), (tasks, "nothing"),
-    (steps, "--num"), (reference, "--num 1"), (nearest, ""), (speed, ""),
+    (steps, "--num"), (reference, "--num 1"), (nearest, ""), (speed, ""), (tour, ""),
+    (tour, "words --out page.pdf"), (ablate, "--arm other"), (ablate, "--minutes 0"),
 ])
 def test_mistakes_are_told_in_one_line(module, words, capsys):
     with pytest.raises(SystemExit, match="2"):

@@ -4,8 +4,10 @@ The command runs in this process (`command` below), as `python sample.py ...` wo
 """
 
 import contextlib
+import io
 import os
 import pickle
+import shlex
 import subprocess
 import sys
 import wave
@@ -24,6 +26,7 @@ from data import FPS
 from sample import CONDITIONINGS, SAMPLERS, load_pipeline
 from shapes import BACKGROUND, SPEED, MovingShapes, read_things
 from unet3d import record_attention
+from vae import AutoencoderKL, VAEConfig
 
 PROMPT = "a red circle moves right, then up"
 SLUG = "a-red-circle-moves-right-then-up"
@@ -138,7 +141,7 @@ def given_frames(*frames):
 @pytest.mark.parametrize("conditioning", CONDITIONINGS)
 def test_given_frames_come_back_unchanged(tiny_pipeline, frames, conditioning):
     video = tiny_pipeline.generate(
-        [PROMPT], steps=2, given=given_frames(*frames), conditioning=conditioning
+        [PROMPT], steps=2, pictures=given_frames(*frames), conditioning=conditioning
     )[0]
     for i in range(16):
         assert np.array_equal(video[i], CLIP[0].video[i]) == (i in frames)
@@ -148,7 +151,7 @@ def test_given_frames_come_back_unchanged(tiny_pipeline, frames, conditioning):
 def test_the_other_frames_depend_on_the_given_ones(tiny_pipeline, conditioning):
     def draw(given):
         options = {"steps": 4, "conditioning": conditioning}
-        return tiny_pipeline.generate([PROMPT], given=given, **options)[0, 1:]
+        return tiny_pipeline.generate([PROMPT], pictures=given, **options)[0, 1:]
 
     black = {0: np.zeros((32, 32, 3), np.uint8)}
     assert distance(draw(given_frames(0)), draw(black)) > 0
@@ -157,7 +160,7 @@ def test_the_other_frames_depend_on_the_given_ones(tiny_pipeline, conditioning):
 
 def test_the_conditionings_differ(tiny_pipeline):
     videos = [
-        tiny_pipeline.generate([PROMPT], steps=4, given=given_frames(0, 1), conditioning=name)
+        tiny_pipeline.generate([PROMPT], steps=4, pictures=given_frames(0, 1), conditioning=name)
         for name in CONDITIONINGS
     ]
     assert all(distance(videos[i], videos[i - 1]) > 0 for i in range(3))
@@ -169,7 +172,7 @@ def test_only_mask_shows_the_given_frames_to_the_network(tiny_pipeline, float32,
     hook = tiny_pipeline.unet.register_forward_pre_hook(lambda _, args: shown.append(args[5:]))
     try:
         options = {"steps": 1, "guidance": 3, "conditioning": conditioning}
-        tiny_pipeline.generate([PROMPT], given=given_frames(0, 5), **options)
+        tiny_pipeline.generate([PROMPT], pictures=given_frames(0, 5), **options)
     finally:
         hook.remove()
     if conditioning != "mask":
@@ -188,10 +191,10 @@ def test_every_prompt_may_have_its_own_pictures(tiny_pipeline, float32):
     def draw(prompts, seed, **options):
         return tiny_pipeline.generate(prompts, seed, steps=2, **options)
 
-    together = draw([PROMPT] * 3, 0, given={0: firsts}, batch_size=2)
+    together = draw([PROMPT] * 3, 0, pictures={0: firsts}, batch_size=2)
     assert np.array_equal(together[:, 0], firsts)
     for i, first in enumerate(firsts):
-        assert distance(draw([PROMPT], i, given={0: first})[0], together[i]) <= 1
+        assert distance(draw([PROMPT], i, pictures={0: first})[0], together[i]) <= 1
 
 
 @pytest.mark.parametrize("given, words", [
@@ -204,7 +207,7 @@ def test_every_prompt_may_have_its_own_pictures(tiny_pipeline, float32):
 ])
 def test_given_frames_that_do_not_fit_are_refused(tiny_pipeline, given, words):
     with pytest.raises(ValueError, match=words):
-        tiny_pipeline.generate([PROMPT], steps=1, given=given)
+        tiny_pipeline.generate([PROMPT], steps=1, pictures=given)
 
 
 # ------------------------------------------------------------------------------ stories
@@ -213,7 +216,7 @@ STORY = [PROMPT, "a red circle spins", "a red circle grows"]
 
 
 def test_a_story_begins_like_its_first_sentence(tiny_pipeline, float32):
-    options = {"seed": 3, "frames": 8, "steps": 2, "given": given_frames(0)}
+    options = {"seed": 3, "frames": 8, "steps": 2, "pictures": given_frames(0)}
     story = tiny_pipeline.generate([STORY], overlap=3, **options)
     assert story.shape == (1, 8 + 5 + 5, 32, 32, 3)
     first = tiny_pipeline.generate([PROMPT], **options)
@@ -237,7 +240,7 @@ def test_no_frame_is_lost_or_repeated_at_a_seam(overlap):
         return torch.cat([clean[:, :, :known], rest], dim=2)
 
     stories = [["a", "b", "c"], ["d", "e", "f"]]
-    latents = sample.draw_chunks(count_up, stories, torch.zeros(2, 1, 8, 1, 1), [], overlap)
+    latents = sample.draw_story(count_up, stories, torch.zeros(2, 1, 8, 1, 1), [], overlap)
     frames = 8 + 2 * (8 - overlap)
     assert latents[:, 0, :, 0, 0].tolist() == [list(range(frames))] * 2
     assert [sentences for sentences, _ in seen] == [("a", "d"), ("b", "e"), ("c", "f")]
@@ -253,6 +256,25 @@ def test_no_frame_is_lost_or_repeated_at_a_seam(overlap):
 def test_stories_that_cannot_be_told_are_refused(tiny_pipeline, stories, overlap, words):
     with pytest.raises(ValueError, match=words):
         tiny_pipeline.generate(stories, steps=1, overlap=overlap)
+
+
+def test_every_step_of_every_chunk_can_be_watched(tiny_pipeline):
+    seen = []
+
+    def watch(step, t, x_t, x_start):
+        seen.append((step, x_t.shape, x_start.shape))
+
+    tiny_pipeline.generate([STORY], steps=2, frames=3, watch=watch)
+    assert seen == [(step, (1, 4, 3, 4, 4), (1, 4, 3, 4, 4)) for step in (0, 1)] * 3
+
+
+@pytest.mark.parametrize("frames, sentences, length, at_once", [
+    (16, 1, 16, 64), (16, 3, 46, 22), (512, 1, 512, 2), (512, 3, 1534, 1),
+])
+def test_how_many_are_drawn_at_once_depends_on_their_size(
+    tiny_pipeline, frames, sentences, length, at_once
+):
+    assert tiny_pipeline.check([STORY[:sentences]], frames, 1) == (length, at_once)
 
 
 # ------------------------------------------------------------------------------ word attention
@@ -292,8 +314,9 @@ def command(monkeypatch, tmp_path, tiny_checkpoint, run_script):
     monkeypatch.chdir(tmp_path)
 
     def run(*arguments, prompt=PROMPT, checkpoint=tiny_checkpoint):
-        options = ("--checkpoint", checkpoint, "--steps", 2)
-        status, out, err = run_script(sample, prompt, *options, *arguments)
+        arguments = ("--checkpoint", checkpoint, "--steps", 2, *arguments)
+        prompts = () if prompt is None else (prompt,)
+        status, out, err = run_script(sample, *prompts, *arguments)
         return status, out.splitlines(), err
 
     return run
@@ -301,11 +324,11 @@ def command(monkeypatch, tmp_path, tiny_checkpoint, run_script):
 
 def tree(folder):
     """Every file with its bytes, and every folder, below `folder`."""
-    return {p: p.read_bytes() if p.is_file() else None for p in Path(folder).rglob("*")}
+    return {p: p.read_bytes() if p.is_file() else None for p in sorted(Path(folder).rglob("*"))}
 
 
 def test_stdout_is_the_path(command, tmp_path):
-    status, out, err = command()
+    status, out, err = command("--steps", 5)
     assert (status, out) == (0, [f"samples/{SLUG}-0.gif"])
     assert "warning" not in err and "Traceback" not in err
     with Image.open(out[0]) as gif:
@@ -328,17 +351,11 @@ def test_same_command_same_file(command):
     assert list(first.values()) == list(second.values())
 
 
-def test_unknown_words_are_named(command):
-    status, out, err = command(prompt="a red Zebra moves right, Quickly")
-    assert status == 0 and out == ["samples/a-red-zebra-moves-right-quickly-0.gif"]
-    (warning,) = [line for line in err.splitlines() if line.startswith("warning")]
-    assert "'zebra', 'quickly'" in warning and "red" not in warning
-
-
 @pytest.mark.parametrize("prompt", ["字" * 300, "a" * 300, "?!", "../../x", "a/b\0c"])
 def test_any_prompt_gives_a_file_name(prompt):
     arguments = [prompt, "--seed", str(2**62), "--num", "2", "--out", "folder"]
-    first, second = sample.output_paths(sample.parse_args(arguments))
+    args = sample.parse_args(arguments)
+    first, second = sample.output_paths(args, sample.read_stories(args, ()))
     assert first.parent == second.parent == Path("folder") and first != second
     assert 0 < len(first.name.encode()) <= 230  # systems allow 255, some go to a temporary name
     assert "/" not in first.name and "\0" not in first.name
@@ -436,7 +453,7 @@ def test_extend_tells_a_story(command, tiny_checkpoint):
     assert command(*arguments, prompt=STORY[1])[0] == 0
     expected = load_pipeline(tiny_checkpoint).generate(
         [[STORY[1], STORY[0], STORY[0], STORY[0]]], frames=6, steps=2, overlap=2,
-        given=given_frames(0), conditioning="replacement",
+        pictures=given_frames(0), conditioning="replacement",
     )[0]
     frames = drawn_frames("x.png")
     assert len(expected) == 18 and distance(frames[:18], expected) <= 1
@@ -449,11 +466,85 @@ def test_attention_is_written_beside_the_video(command):
         assert picture.height == 48 + 8 * 24 and 3 * 48 < picture.width < 3 * 48 + 120
 
 
-def test_help_is_complete(command):
-    for module in (sample, sys.modules["metrics"]):
-        with pytest.raises(SystemExit) as stop:
-            module.parse_args(["--help"])  # a stray % in a help text would raise here
-        assert stop.value.code == 0
+def test_denoising_shows_every_step(command):
+    for name, size in (("d.gif", (2 * 72, 2 * 36)), ("d.png", (2 * 2 * 32, 2 * 3 * 32))):
+        options = ("--denoising", name, "--out", "x.gif", "--frames", 2, "--steps", 3)
+        assert command(*options)[:2] == (0, ["x.gif", name])
+        with Image.open(name) as picture:
+            assert picture.size == size and getattr(picture, "n_frames", 1) in (1, 3)
+
+
+def test_prompts_of_a_file(command, tiny_checkpoint):
+    Path("p.txt").write_text("\ufeffa red star spins\n\n  a blue ring grows \n", "utf-8")
+    options = ("--prompts", "p.txt", "--num", 2, "--seed", 4, "--batch-size", 3, "--format", "png")
+    status, out, _ = command(*options, "--upscale", 1, prompt=None)
+    names = ["a-red-star-spins-4", "a-red-star-spins-5", "a-blue-ring-grows-6"]
+    assert (status, out[:3]) == (0, [f"samples/{name}.png" for name in names]) and len(out) == 4
+    expected = load_pipeline(tiny_checkpoint).generate(["a blue ring grows"], seed=7, steps=2)[0]
+    assert distance(drawn_frames(out[3]), expected) <= 4  # bfloat16 in a batch of another size
+    # All in one: two columns, two rows, and room for the captions.
+    (path,) = command(*options, "--grid", "--out", "all.gif", "--format", "gif", prompt=None)[1]
+    with Image.open(path) as gif:
+        assert gif.n_frames == 16 and gif.width == 2 * 128 and gif.height > 2 * (128 + 17)
+
+
+def test_a_class_is_known_by_its_name(command):
+    assert command(prompt="Archery")[1] == ["samples/a-person-shoots-an-arrow-with-a-bow-0.gif"]
+    args = sample.parse_args(["Archery", "a man"])
+    assert sample.read_stories(args, ()) == [[data.UCF101["Archery"], "a man"]]
+
+
+CAPTIONS = ["a red circle spins", "a blue ring moves up", "a red ring moves up, then left"]
+
+
+@pytest.fixture
+def trained(tiny_checkpoint):
+    """A checkpoint that says what it was trained on."""
+    checkpoint = torch.load(tiny_checkpoint, weights_only=True)
+    known = {"frames": 5, "size": 32, "fps": [2.0, 4.0], "captions": CAPTIONS}
+    torch.save(checkpoint | {"data": known}, "trained.pt")
+    return "trained.pt"
+
+
+def test_defaults_and_captions_come_from_the_checkpoint(command, trained):
+    _, (path,), err = command("--steps", 5, checkpoint=trained, prompt=CAPTIONS[2])
+    assert "warning" not in err
+    with Image.open(path) as gif:
+        assert gif.n_frames == 5 and gif.info["duration"] == 250  # FPS is 8, the nearest is 4
+    words, *captions = command("--words", checkpoint=trained, prompt=None)[1]
+    assert captions == CAPTIONS and "circle" in words.split()
+    out = command("--prompts", "captions", checkpoint=trained, prompt=None)[1]
+    assert [Path(path).stem.rsplit("-", 1)[0] for path in out] == [
+        caption.replace(",", "").replace(" ", "-") for caption in CAPTIONS]
+    pipeline = load_pipeline(trained)
+    assert pipeline.pack()["data"] == pipeline.data
+    assert pipeline.generate([CAPTIONS[0]], steps=1).shape[1] == 5
+
+
+@pytest.mark.parametrize("prompt, options, words", [
+    ("a red Cirlce spins", "", "'cirlce' (did you mean 'circle'?)"),
+    ("a red circle moves Quickly", "", "'quickly' in"),
+    ("red circle spins", "", "'a red circle spins'"),
+    ("a red circle", "", "'a red circle spins'"),
+    ("a red circle spins", "--fps 8", "--fps 8: in training 2 to 4"),
+    ("a red circle spins", "--frames 16", "--frames 16: in training 5"),
+    ("a red circle spins", "--guidance 9", "--guidance 9"),
+    ("a red circle spins", "--steps 2", "--steps 2"),
+    ("a red circle spins", "--image @", "unlike"),
+])
+def test_what_was_not_trained_is_warned_about(command, trained, prompt, options, words):
+    picture = np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8)
+    Image.fromarray(picture).save("noise.png")
+    options = options.replace("@", "noise.png").split()
+    status, _, err = command("--steps", 5, *options, prompt=prompt, checkpoint=trained)
+    warnings = [line for line in err.splitlines() if line.startswith("warning: ")]
+    assert status == 0 and len(warnings) in (1, 2) and words in " ".join(warnings), err
+
+
+def test_help_is_complete():
+    with pytest.raises(SystemExit) as stop:
+        sample.parse_args(["--help"])  # a stray % in a help text would raise here
+    assert stop.value.code == 0
 
 
 # ------------------------------------------------------------------------------ mistakes
@@ -466,35 +557,73 @@ class Malicious:
         return os.mkdir, ("executed",)
 
 
-def bad_checkpoint(kind, good):
-    """Write a checkpoint that cannot be used to bad.pt; good: the path of a good one."""
-    path, content = Path("bad.pt"), Path(good).read_bytes()
-    if kind == "truncated":
-        path.write_bytes(content[: len(content) // 2])
-    if kind == "almost complete":
-        path.write_bytes(content[:-30])
-    if kind == "empty":
-        path.write_bytes(b"")
-    if kind == "text":
-        path.write_text("hello world\n")
-    if kind == "other archive":
-        torch.save({"weights": torch.zeros(3)}, path)
-    if kind == "a tensor":
-        torch.save(torch.zeros(3), path)
-    if kind == "program":
-        path.write_bytes(pickle.dumps(Malicious()))
-    if kind == "program in an archive":
-        torch.save({"unet": Malicious()}, path)
-    if kind in ("another shape", "another program"):
-        checkpoint = torch.load(good, weights_only=True)
-        change = {"widths": (32, 64)} if kind == "another shape" else {"colour": "red"}
-        checkpoint["unet"]["config"] |= change
-        torch.save(checkpoint, path)
-    if kind == "no tokenizer":
-        checkpoint = torch.load(good, weights_only=True)
-        checkpoint["tokenizer"] = {}
-        torch.save(checkpoint, path)
-    return path
+def changed(good, change):
+    """The bytes of a good checkpoint after change(checkpoint)."""
+    checkpoint, file = torch.load(good, weights_only=True), io.BytesIO()
+    change(checkpoint)
+    torch.save(checkpoint, file)
+    return file.getvalue()
+
+
+def config(part, **values):
+    return lambda checkpoint: checkpoint[part]["config"].update(values)
+
+
+def weights(name, change):
+    """Changes the UNet's weight of this name."""
+    def edit(checkpoint):
+        state = checkpoint["unet"]["state"]
+        state[name] = change(state[name])
+    return edit
+
+
+def known(**values):
+    data = {"frames": 5, "size": 32, "fps": [2.0, 4.0], "captions": []} | values
+    return lambda checkpoint: checkpoint.update(data=data)
+
+
+BIAS = "conv_out.bias"
+FILES = {
+    "truncated": lambda good: good[: len(good) // 2],
+    "almost complete": lambda good: good[:-30],
+    "empty": lambda good: b"",
+    "text": lambda good: b"hello world\n",
+    "program": lambda good: pickle.dumps(Malicious()),
+}
+CHECKPOINTS = {  # what is changed, and what is said about it
+    "program in an archive": (lambda c: c.update(unet=Malicious()), "not a readable"),
+    "no tokenizer": (lambda c: c.update(tokenizer={}), "merges"),
+    "a larger tokenizer": (
+        lambda c: c["tokenizer"]["merges"].extend([[3, 4]] * 512), "more tokens than"),
+    "a part is missing": (lambda c: c.pop("vae"), "vae"),
+    "a part is a number": (lambda c: c.update(vae=3), "AutoencoderKL"),
+    "unknown field": (config("unet", colour="red"), "'colour'"),
+    "other widths": (config("unet", widths=(32, 64)), "UNet3D: the config asks for other shapes"),
+    "a width of zero": (config("unet", widths=(0, 32)), "widths cannot be (0, 32)"),
+    "a width as text": (config("unet", text_width="32"), "text_width cannot be '32'"),
+    "a boolean as number": (config("text_encoder", depth=True), "depth cannot be True"),
+    "no widths": (config("vae", widths=()), "widths"),
+    "huge": (config("text_encoder", vocab_size=2**40), "vocab_size"),
+    "large": (config("text_encoder", vocab_size=2**20), "other shapes"),
+    "deep": (config("unet", blocks=(10**9, 1)), "blocks"),
+    "groups": (config("unet", groups=7), "divisible"),
+    "unknown schedule": (config("diffusion", schedule="round"), "'round'"),
+    "infinite shift": (config("diffusion", shift=float("inf")), "shift cannot be inf"),
+    "no noise left": (config("diffusion", shift=1e-200), "no schedule"),
+    "a shift beyond numbers": (config("diffusion", shift=10**400), ""),
+    "parts of two models": (lambda c: c.update(vae=sample.pack(
+        AutoencoderKL(VAEConfig(latent_channels=3, widths=(8,), groups=4)))), "channels"),
+    "a weight is missing": (lambda c: c["unet"]["state"].pop(BIAS), f"lack {BIAS}"),
+    "a weight of another kind": (weights(BIAS, lambda x: x > 0), BIAS),
+    "a weight in other words": (weights(BIAS, lambda x: x.tolist()), BIAS),
+    "a weight that is not there": (weights(BIAS, lambda x: x.to("meta")), BIAS),
+    "a weight without memory": (weights(BIAS, lambda x: x[:1].clone().expand(4)), "larger"),
+    "not a number": (weights(BIAS, lambda x: x * float("nan")), f"not finite: {BIAS}"),
+    "infinite": (weights(BIAS, lambda x: x + float("inf")), f"not finite: {BIAS}"),
+    "frames": (known(frames=0), "training data"), "half": (known(frames=5.0), "training data"),
+    "fps": (known(fps=[4, 2]), "training data"), "no fps": (known(fps=None), ""),
+    "captions": (known(captions=[1]), "training data"),
+}
 
 
 def assert_refused(result, before, words=""):
@@ -506,17 +635,15 @@ def assert_refused(result, before, words=""):
     assert tree(".") == before
 
 
-CHECKPOINTS = (
-    "truncated", "almost complete", "empty", "text", "other archive", "a tensor", "program",
-    "program in an archive", "another shape", "another program", "no tokenizer",
-)
-
-
-@pytest.mark.parametrize("kind", CHECKPOINTS)
+@pytest.mark.parametrize("kind", [*FILES, *CHECKPOINTS])
 def test_bad_checkpoints_are_refused(command, tiny_checkpoint, kind):
-    path = bad_checkpoint(kind, tiny_checkpoint)
-    before = tree(".")
-    assert_refused(command("--out", "new", checkpoint=path), before)
+    if kind in FILES:
+        content, words = FILES[kind](tiny_checkpoint.read_bytes()), "not a readable checkpoint"
+    else:
+        change, words = CHECKPOINTS[kind]
+        content = changed(tiny_checkpoint, change)
+    Path("bad.pt").write_bytes(content)
+    assert_refused(command("--out", "new", checkpoint="bad.pt"), tree("."), words)
 
 
 def test_a_missing_checkpoint_is_refused(command):
@@ -535,9 +662,16 @@ def test_prompts_that_cannot_be_drawn_are_refused(command, prompt, words):
     ("--fps nan", "--fps"),
     ("--sampler euler", "euler"),
     ("--format avi", "avi"),
-    ("--out x.gif --num 2", "--num 2"),
+    ("--out x.gif --num 2", "--grid"),
     ("--out x.gif --format mp4", ".mp4"),
     ("--out x.webm", ".gif, .mp4, .png"),
+    ("--frames=--", "--"),
+    ("--words", "--prompts"),
+    ("--upscale 64 --frames 512", "too large"),
+    ("--extend 1000 --frames 512 --upscale 1", "too large"),
+    ("--denoising d.mp4", ".gif or .png"),
+    ("--denoising d.gif --num 2", "--num"),
+    ("--denoising x.gif --out ./x.gif", "same file"),
 ])
 def test_settings_that_do_not_fit_are_refused(command, arguments, words):
     assert_refused(command(*arguments.split()), {}, words)
@@ -551,8 +685,12 @@ def files(tmp_path_factory):
     (folder / "cut.png").write_bytes(content[: len(content) // 2])
     (folder / "text.png").write_text("not a picture")
     (folder / "folder.png").mkdir()
+    (folder / "frames").mkdir()
+    write_image(folder / "frames" / "1.png")
+    os.mkfifo(folder / "pipe")
     write_clip(folder / "clip.gif")
     write_clip(folder / "clip.mp4")
+    (folder / "link.gif").symlink_to("clip.gif")
     with wave.open(str(folder / "sound.wav"), "wb") as sound:
         sound.setparams((1, 2, 8000, 0, "NONE", ""))
         sound.writeframes(bytes(16000))
@@ -561,12 +699,12 @@ def files(tmp_path_factory):
 
 @pytest.mark.parametrize("arguments, words", [
     ("--image @/a.png --video @/clip.gif", "--image and --video"),
-    ("--image @/a.png --frames 1", "--frames 1"),
-    ("--image @/a.png --last-image @/a.png --frames 2", "--frames 2"),
-    ("--image @/a.png --last-image @/a.png --frames 1", "--frames is 1"),
-    ("--video @/clip.gif --overlap 9 --frames 9", "--frames 9"),
+    ("--image @/a.png --frames 1", "all 1 frames are given"),
+    ("--image @/a.png --last-image @/a.png --frames 2", "all 2 frames are given"),
+    ("--image @/a.png --last-image @/a.png --frames 1", "all 1 frames are given"),
+    ("--video @/clip.gif --overlap 9 --frames 9", "all 9 frames are given"),
     ("--last-image @/a.png --extend 1", "--extend"),
-    ("--extend 1 --overlap 16", "--overlap 16"),
+    ("--extend 1 --overlap 16", "overlap by 16"),
     ("another", "--extend 1"),
     ("another third --extend 1", "--extend 2"),
     ("--conditioning none", "none"),
@@ -577,6 +715,18 @@ def files(tmp_path_factory):
     ("--attention @/folder.png", "folder.png"),
     ("--attention @/a.png/w.png", "a.png"),
     ("--image @/none.png", "none.png: No such file"),
+    ("--image=", "--image : No such file"),
+    ("--video=", "--video : No such file"),
+    ("--image @/pipe", "pipe is not a file"),
+    ("--video @/pipe", "pipe is not a file"),
+    ("--checkpoint @/pipe", "pipe"),
+    ("--prompts @/text.png", "--prompts"),
+    ("--image @/a.png --out @/a.png", "overwritten"),
+    ("--last-image @/a.png --out @/a.png --frames 3", "overwritten"),
+    ("--image @/a.png --attention @/a.png", "overwritten"),
+    ("--video @/clip.gif --out @/clip.gif", "overwritten"),
+    ("--video @/clip.gif --out @/link.gif", "overwritten"),
+    ("--video @/frames --out @/frames/1.png", "overwritten"),
     ("--last-image @/text.png", "text.png"),
     ("--image @/cut.png", "cut.png"),
     ("--image @/folder.png", "folder.png"),
@@ -588,7 +738,19 @@ def files(tmp_path_factory):
     ("--video @/clip.gif --overlap 2 --fps 60", "8.0 frames a second"),
 ])
 def test_given_frames_and_stories_that_do_not_fit_are_refused(command, files, arguments, words):
+    before = {path: content for path, content in tree(files).items() if path.name != "pipe"}
     assert_refused(command(*arguments.replace("@", str(files)).split()), {}, words)
+    assert {p: p.read_bytes() if p.is_file() else None for p in before} == before
+
+
+@pytest.mark.parametrize("content, words", [
+    (b"", "0 sentences"), (b" \n\t\n", "0 sentences"), (b"a ring\n\xff\xfe", "codec"),
+    (b"a ring\n" * 10_001, "10001 sentences"), (b"a ring spins\n" + b"red " * 99, "'red red"),
+])
+def test_prompts_that_cannot_be_read_are_refused(command, content, words):
+    Path("p.txt").write_bytes(content)
+    assert_refused(command("--prompts", "p.txt", prompt=None), tree("."), words)
+    assert_refused(command("--prompts", "captions", prompt=None), tree("."), "0 sentences")
 
 
 @pytest.mark.parametrize("out", ["file/new", "file/new/x.gif", "folder.gif"])
@@ -616,6 +778,27 @@ def test_an_existing_file_survives_a_failure(command, monkeypatch, suffix):
     status, out, err = command("--out", path)
     assert (status, out) == (2, []) and "No space left" in err.splitlines()[-1]
     assert tree(".") == before
+
+
+def test_a_full_memory_is_one_line(command, monkeypatch):
+    def fill(*_, **__):
+        raise RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED")
+
+    monkeypatch.setattr(sample.Pipeline, "denoiser", fill)
+    status, out, err = command()
+    assert (status, out) == (2, []) and err.splitlines()[-1].startswith("error: the memory is full")
+
+
+def test_without_stderr_and_with_nobody_at_stdout_all_videos_are_written(tmp_path, tiny_checkpoint):
+    """A new process, whose standard error is closed and whose output nobody reads."""
+    options = ["--checkpoint", tiny_checkpoint, "--steps", 1, "--num", 3, "--format", "mp4"]
+    words = map(str, [sys.executable, sample.__file__, PROMPT, *options])
+    script = f"{{ {shlex.join(words)} 2>&-; echo $? > status; }} | true"
+    subprocess.run(["bash", "-c", script], cwd=tmp_path, check=True, timeout=600)
+    assert Path(tmp_path, "status").read_text() == "0\n"
+    videos = sorted(Path(tmp_path, "samples").iterdir())
+    assert [path.name for path in videos] == [f"{SLUG}-{i}.mp4" for i in range(3)]
+    assert all(iio.imread(path, plugin="pyav").shape == (16, 128, 128, 3) for path in videos)
 
 
 # ------------------------------------------------------------------------------ the shipped model
@@ -658,7 +841,7 @@ def test_from_one_picture_the_shipped_model_goes_where_it_is_told():
     starts = {"left": (48, 32), "right": (16, 32), "up": (32, 48), "down": (32, 16)}
     prompts = [f"a red circle moves {direction}" for direction in starts]
     pictures = np.stack([circle(*start) for start in starts.values()])
-    videos = load_pipeline().generate(prompts, given={0: pictures})
+    videos = load_pipeline().generate(prompts, pictures={0: pictures})
     assert np.array_equal(videos[:, 0], pictures)
     assert [read_things(video, FPS)[0].actions for video in videos] == [(d,) for d in starts]
 
@@ -666,7 +849,7 @@ def test_from_one_picture_the_shipped_model_goes_where_it_is_told():
 @shipped
 def test_the_shipped_model_fills_in_between_two_pictures():
     ends = {0: circle(15, 30), 15: circle(45, 30)}
-    video = load_pipeline().generate(["a red circle moves right"], given=ends)[0]
+    video = load_pipeline().generate(["a red circle moves right"], pictures=ends)[0]
     on_the_way = np.stack([np.linspace(15, 45, 16), np.full(16, 30)], 1)
     assert np.abs(center(video) - on_the_way).max() < 4
 
@@ -676,7 +859,7 @@ def test_the_shipped_model_tells_stories_without_a_jump():
     told = [("right", "up"), ("up", "left")]
     stories = [[f"a red circle moves {direction}" for direction in story] for story in told]
     pictures = np.stack([circle(15, 50), circle(50, 50)])
-    videos = load_pipeline().generate(stories, given={0: pictures})
+    videos = load_pipeline().generate(stories, pictures={0: pictures})
     for video, (first, second) in zip(videos, told):
         assert read_things(video[:16], FPS)[0].actions == (first,)
         assert read_things(video[15:], FPS)[0].actions == (second,)

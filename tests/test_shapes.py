@@ -122,6 +122,8 @@ def test_paraphrases_are_never_shown(monkeypatch):
     assert len(PARAPHRASES) == 100 == len(UNSEEN)
     dataset = MovingShapes(2000)
     assert not UNSEEN & {dataset.caption(i) for i in range(2000)}
+    words = set(re.findall(r"\w+", " ".join(dataset.caption(i) for i in range(2000))))
+    assert set(re.findall(r"\w+", " ".join(UNSEEN))) <= words  # but every word of theirs is
     caption = dataset.caption(0)
     monkeypatch.setattr("shapes.UNSEEN", {caption})
     assert dataset.caption(0) != caption and dataset.caption(0) == dataset.caption(0)
@@ -226,6 +228,11 @@ def test_clips_begin_where_most_of_the_way_is_free():
     assert 0.75 < middle < 0.9  # of these there is room to go on in every direction
     for places in (one, two):  # and some begin at each wall
         assert (places.min(0) < 1e-6).all() and (places.max(0) > 1 - 1e-6).all()
+
+
+def test_a_world_that_is_too_small_is_refused():
+    with pytest.raises(ValueError, match="400 frames, 8 a second"):
+        [MovingShapes(20, frames=400, fps=8.0).describe(i) for i in range(20)]
 
 
 def test_how_free_a_way_is():

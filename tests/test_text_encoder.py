@@ -4,10 +4,12 @@ import random
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 from torch.nn import functional as F
 
-from text_encoder import (FIRST_MERGE, PAD, TextEncoder, TextEncoderConfig, Tokenizer,
-                          masked_attention)
+import text_encoder
+from text_encoder import (FIRST_MERGE, PAD, TextEncoder, TextEncoderConfig, Tokenizer, attention,
+                          attention_weights)
 
 CAPTIONS = [
     f"a {colour} {shape} moves {first}, then {second}"
@@ -211,23 +213,77 @@ def test_each_token_sees_the_whole_sentence(encoder):
     assert (first[0] - second[0]).abs().max() > 1e-3
 
 
-def test_bad_tokens_raise(encoder):
-    for tokens in ([[1] * 33], [[1, 512]], [[-1, 2]]):
-        tokens = torch.tensor(tokens)
-        with pytest.raises(ValueError):
-            encoder(tokens, torch.ones_like(tokens, dtype=torch.bool))
-    tokens = torch.tensor([[511] * 32])
-    assert encoder(tokens, torch.ones_like(tokens, dtype=torch.bool)).shape == (1, 32, 32)
+def test_bad_sizes_raise(encoder):
+    for length in (32, 33):
+        tokens = torch.full((1, length), 511)
+        if length == 32:
+            assert encoder(tokens, tokens > 0).shape == (1, 32, 32)
+        else:
+            with pytest.raises(ValueError, match="33 tokens long and the limit is 32"):
+                encoder(tokens, tokens > 0)
     with pytest.raises(ValueError, match="multiple"):
         TextEncoder(TextEncoderConfig(width=10, heads=4))
 
 
-def test_attention_equals_the_fused_one():
+def test_the_encoder_compiles_into_one_graph(encoder):
+    tokens = torch.tensor([[1, 10, 11, 2, 0], [1, 10, 11, 13, 2]])
+    expected = encoder(tokens, tokens > 0)
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    encoder.compile(backend=counter, fullgraph=True)
+    encoder(tokens + 1, tokens > -1)
+    torch.testing.assert_close(encoder(tokens, tokens > 0), expected)
+    assert counter.frame_count == 1
+
+
+# Attention
+
+
+MASKS = [None, (2, 1, 1, 7), (5, 7), (2, 3, 5, 7)]
+
+
+@pytest.mark.parametrize("mask_shape", MASKS)
+def test_attention_equals_the_fused_kernel(mask_shape, device="cpu", tolerance=1e-5):
     torch.manual_seed(0)
-    q, k, v = torch.randn(3, 2, 4, 7, 8)
-    mask = torch.arange(7) < torch.tensor([[7], [3]])
-    expected = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None, None, :])
-    torch.testing.assert_close(masked_attention(q, k, v, mask), expected, rtol=0, atol=1e-6)
+    q, k, v = (torch.randn(2, 3, n, 8) for n in (5, 7, 7))
+    mask = None
+    if mask_shape:
+        mask = torch.rand(mask_shape) < 0.5
+        mask[..., 0] = True
+    expected = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    mask = mask if mask is None else mask.to(device)
+    y = attention(q.to(device), k.to(device), v.to(device), mask).cpu()
+    torch.testing.assert_close(y, expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mask_shape", MASKS)
+def test_attention_is_the_same_on_a_gpu(mask_shape):
+    test_attention_equals_the_fused_kernel(mask_shape, "cuda", 1e-3)  # it may multiply in TF32
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("sequences, width, mask_shape", [
+    (2, 8, None), (2, 8, (2, 1, 1, 200)), (70_000, 2, None), (70_000, 2, (70_000, 1, 1, 200)),
+])
+def test_long_sequences_never_make_the_matrix_of_weights(
+    monkeypatch, sequences, width, mask_shape
+):
+    """And go to the fused kernel in as many parts as CUDA needs."""
+    torch.manual_seed(0)
+    q = torch.randn(sequences, 1, 1, width)
+    k, v = torch.randn(2, 1, 1, 200, width).expand(2, sequences, 1, 200, width)
+    mask = None if mask_shape is None else torch.rand(mask_shape) < 0.5
+    picked = slice(None, None, 1 + sequences // 100)
+    few = q[picked], k[picked], v[picked], mask if mask is None else mask[picked]
+    expected = attention_weights(few[0], few[1], few[3]) @ few[2]
+    sizes, fused = [], F.scaled_dot_product_attention
+    monkeypatch.setattr(text_encoder.F, "scaled_dot_product_attention",
+                        lambda q, *rest: sizes.append(len(q)) or fused(q, *rest))
+    monkeypatch.setattr(text_encoder, "attention_weights", None)
+    y = attention(q, k, v, mask)
+    assert sum(sizes) == sequences and max(sizes) < 65_536
+    torch.testing.assert_close(y[picked], expected, rtol=1e-5, atol=1e-5)
 
 
 def test_gradients_reach_every_parameter(tokenizer, encoder):

@@ -1,13 +1,17 @@
 """Tests of unet3d.py: which inputs reach which outputs, and the layers against PyTorch's own."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.testing import CompileCounter
 from torch.nn import functional as F
 
-import unet3d
+import text_encoder
+import train
 from unet3d import (CrossAttention, SpatialAttention, TemporalAttention, UNet3D, UNet3DConfig,
-                    attention, places, record_attention, rotary, sinusoidal)
+                    places, record_attention, rotary, rotary_table, sinusoidal)
 
 CONFIG = UNet3DConfig(
     channels=3, widths=(16, 32), blocks=(1, 1), attention=(True, True), head_width=16,
@@ -73,32 +77,6 @@ def reach(unet, frame=1, clips=slice(None), **options):
 # ------------------------------------------------------------------------------ attention
 
 
-@pytest.mark.parametrize("device", [
-    "cpu",
-    pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")),
-])
-@pytest.mark.parametrize("mask_shape", [None, (2, 1, 1, 7), (5, 7), (2, 3, 5, 7)])
-def test_attention_equals_the_fused_kernel(mask_shape, device):
-    q, k, v = (torch.randn(2, 3, n, 8) for n in (5, 7, 7))
-    mask = None
-    if mask_shape:
-        mask = torch.rand(mask_shape) < 0.5
-        mask[..., 0] = True
-    expected = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-    q, k, v = (tensor.to(device) for tensor in (q, k, v))
-    y = attention(q, k, v, mask if mask is None else mask.to(device)).cpu()
-    tolerance = 1e-5 if device == "cpu" else 1e-3  # a GPU may multiply in TF32
-    torch.testing.assert_close(y, expected, rtol=tolerance, atol=tolerance)
-
-
-@torch.no_grad()
-def test_long_sequences_are_attended_to_without_the_matrix_of_weights(monkeypatch):
-    q, k, v = torch.randn(3, 2, 3, 200, 8)
-    expected = unet3d.attention_weights(q, k) @ v
-    monkeypatch.setattr(unet3d, "attention_weights", None)
-    torch.testing.assert_close(attention(q, k, v), expected, rtol=1e-5, atol=1e-5)
-
-
 def reference(layer, kv_width=None):
     """nn.MultiheadAttention with the weights of one of the attention layers."""
     width = layer.out.in_features
@@ -129,12 +107,12 @@ def test_spatial_attention_equals_torch():
 
 
 @torch.no_grad()
-def test_temporal_attention_equals_torch(monkeypatch):
-    monkeypatch.setattr(unet3d, "rotary", lambda x, positions: x)  # PyTorch's has no positions
+def test_temporal_attention_equals_torch():
     layer, x = wake(TemporalAttention(32, 16)), torch.randn(2, 3, 5, 32)
     y = layer.norm(x).transpose(1, 2).flatten(0, 1)  # a sequence per place
     expected = x + reference(layer)(y, y).unflatten(0, (2, 5)).transpose(1, 2)
-    torch.testing.assert_close(layer(x), expected, rtol=1e-5, atol=1e-5)
+    table = rotary_table(torch.zeros(3), 16)  # PyTorch's has no positions
+    torch.testing.assert_close(layer(x, table), expected, rtol=1e-5, atol=1e-5)
 
 
 @torch.no_grad()
@@ -175,23 +153,24 @@ def test_recording_attention_changes_nothing(unet):
 
 
 @torch.no_grad()
-def test_temporal_attention_knows_the_order_of_frames(monkeypatch):
+def test_temporal_attention_knows_the_order_of_frames():
     layer, x = wake(TemporalAttention(32, 16)), torch.randn(2, 4, 5, 32)
-    y, order = layer(x), [2, 0, 3, 1]
-    assert (layer(x[:, order]) - y[:, order]).abs().max() > 1e-3
-    alone = torch.cat([layer(x[:, i : i + 1]) for i in range(4)], dim=1)
-    torch.testing.assert_close(layer(x, frames_are_images=True), alone)
-    mixed = layer(x, frames_are_images=torch.tensor([True, False]))
+    table = rotary_table(torch.arange(4), 16)
+    y, order = layer(x, table), [2, 0, 3, 1]
+    assert (layer(x[:, order], table) - y[:, order]).abs().max() > 1e-3
+    alone = torch.cat([layer(x[:, i : i + 1], table[:, :1]) for i in range(4)], dim=1)
+    torch.testing.assert_close(layer(x, table, torch.ones(2).bool()), alone)
+    mixed = layer(x, table, torch.tensor([True, False]))
     torch.testing.assert_close(mixed, torch.stack([alone[0], y[1]]))
     # Only differences of positions count: a clip may start anywhere.
-    monkeypatch.setattr(unet3d, "rotary", lambda x, positions: rotary(x, positions + 7))
-    torch.testing.assert_close(layer(x), y, rtol=1e-4, atol=1e-4)
+    later = layer(x, rotary_table(torch.arange(4) + 7, 16))
+    torch.testing.assert_close(later, y, rtol=1e-4, atol=1e-4)
 
 
 def test_rotary_is_relative_and_keeps_the_norm():
     q, k = torch.randn(2, 1, 16).expand(2, 24, 16)  # the same vectors at 24 positions
-    positions = torch.arange(24)
-    q_rotated, k_rotated = rotary(q, positions), rotary(k, positions)
+    table = rotary_table(torch.arange(24), 16)
+    q_rotated, k_rotated = rotary(q, table), rotary(k, table)
     torch.testing.assert_close(q_rotated.norm(dim=-1), q.norm(dim=-1))
     dots = q_rotated @ k_rotated.T
     for offset in (-5, 0, 1, 12):
@@ -199,6 +178,23 @@ def test_rotary_is_relative_and_keeps_the_norm():
         torch.testing.assert_close(diagonal, diagonal[:1].expand_as(diagonal), rtol=0, atol=1e-4)
     torch.testing.assert_close(dots[0, 0], q[0] @ k[0])
     assert dots[0].unique().numel() == 24  # and differs from one offset to the next
+
+
+@pytest.mark.parametrize("frames", [16, 200])
+def test_no_kernel_is_given_more_sequences_than_cuda_takes(monkeypatch, frames):
+    """Places are folded into the batch, so 300 clips of 256 places are 76,800 sequences."""
+    sizes, fused = [], F.scaled_dot_product_attention
+
+    def note(q, *rest, **options):
+        sizes.append(len(q))
+        return fused(q, *rest, **options)
+
+    monkeypatch.setattr(text_encoder.F, "scaled_dot_product_attention", note)
+    config = UNet3DConfig(**{**vars(CONFIG), "attention": (False, True)})
+    with torch.device("meta"):
+        inputs = make_inputs(b=300, frames=frames, height=16, width=16)
+        assert UNet3D(config)(**inputs).shape == inputs["x"].shape
+    assert all(size < 65_536 for size in sizes) and any(sizes) == (frames > 128)
 
 
 # ------------------------------------------------------------------------------ what words do
@@ -252,10 +248,11 @@ def test_frames_are_independent_at_initialisation_only():
 
 @pytest.mark.parametrize("frame", [0, 2])
 def test_image_frames_never_leak(unet, frame):
-    strength = reach(unet, frame, frames_are_images=True)
+    strength = reach(unet, frame, frames_are_images=torch.ones(2).bool())
     others = [i for i in range(3) if i != frame]
     assert (strength[:, frame] > 0).all() and not strength[:, others].any()  # exactly zero
-    assert (reach(unet, frame, frames_are_images=False) > 1e-4).all()
+    assert (reach(unet, frame, frames_are_images=torch.zeros(2).bool()) > 1e-4).all()
+    assert (reach(unet, frame) > 1e-4).all()
     mixed = torch.tensor([True, False])
     strength = reach(unet, frame, clips=[0], frames_are_images=mixed)
     assert (strength[:, frame] > 0).all() and not strength[:, others].any()
@@ -287,7 +284,8 @@ def test_frames_know_their_position(unet):
     inputs = make_inputs(frames=4)
     inputs["x"] = inputs["x"][:, :, :1].expand(-1, -1, 4, -1, -1)  # four times the same frame
     with torch.no_grad():
-        y = unet(**inputs, frames_are_images=True).transpose(1, 2).flatten(2)  # b f (c h w)
+        y = unet(**inputs, frames_are_images=torch.ones(2).bool())
+    y = y.transpose(1, 2).flatten(2)  # b f (c h w)
     apart = torch.cdist(y, y, p=torch.inf) + 1e9 * torch.eye(4)
     assert apart.min() > 1e-3
 
@@ -396,15 +394,40 @@ def test_every_parameter_gets_a_gradient():
         assert p.grad is not None and p.grad.any() and p.grad.isfinite().all(), name
 
 
-def test_autocast(unet):
+@pytest.mark.parametrize("cast, autocast", [(False, True), (True, True), (True, False)])
+@torch.no_grad()
+def test_half_precision(unet, cast, autocast):
+    """Of the products, of the weights, of both."""
     inputs = make_inputs(given=True)
-    with torch.no_grad():
-        expected = unet(**inputs)
-        with torch.autocast("cpu", torch.bfloat16):
-            y = unet(**inputs)
+    expected = unet(**inputs)
+    model = copy.deepcopy(unet).bfloat16() if cast else unet
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        if cast:
+            inputs["context"] = inputs["context"].bfloat16()  # as the text encoder gives it
+        y = model(**inputs)
     assert y.is_floating_point() and y.isfinite().all()
     error = (y.float() - expected).square().mean().sqrt() / expected.std()
     assert error < 0.1  # bfloat16 has 8 bits
+
+
+@pytest.mark.parametrize("more", [[], ["--grad-checkpoint"]])
+def test_the_model_compiles_into_one_graph(more):
+    """And the graph, with the checkpoints in it, has the same gradients."""
+    inputs = make_inputs(given=True) | {"frames_are_images": torch.tensor([True, False])}
+    one_level = {"widths": (16,), "blocks": (1,), "attention": (True,)}
+    model = wake(UNet3D(UNet3DConfig(**{**vars(CONFIG), **one_level})))
+    expected = model(**inputs)
+    gradients = torch.autograd.grad(expected.square().sum(), list(model.parameters()))
+    train.economize(train.parse_args(["diffusion", "--out", "x", *more]), model)
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    model.compile(backend=counter, fullgraph=True)
+    model(**inputs | {"t": inputs["t"] - 7})
+    y = model(**inputs)
+    assert counter.frame_count == 1  # once for all values
+    torch.testing.assert_close(y, expected)
+    again = torch.autograd.grad(y.square().sum(), list(model.parameters()))
+    torch.testing.assert_close(again, gradients)
 
 
 # ------------------------------------------------------------------------------ presets

@@ -3,11 +3,13 @@
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.distributions import Normal, kl_divergence
 from torch.nn import functional as F
 
-from vae import (Attention, AutoencoderKL, DiagonalGaussian, ResBlock, VAEConfig, VAELoss,
-                 VAELossConfig, adaptive_weight)
+import train
+from vae import (Attention, AutoencoderKL, DiagonalGaussian, GroupNorm, ResBlock, VAEConfig,
+                 VAELoss, VAELossConfig, adaptive_weight)
 
 CONFIG = VAEConfig(latent_channels=3, widths=(16, 32), groups=4)  # factor 4
 
@@ -84,6 +86,17 @@ def test_attention_equals_the_fused_kernel():
     torch.testing.assert_close(layer(x), x + layer.out(y), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.gpu
+def test_the_norm_keeps_bfloat16_on_a_gpu():
+    norm, x = GroupNorm(4, 16).cuda(), torch.randn(2, 16, 4, 5, device="cuda").bfloat16()
+    nn.init.normal_(norm.weight)
+    expected = nn.GroupNorm.forward(norm, x.float())
+    with torch.autocast("cuda", torch.bfloat16):
+        y = norm(x)
+    assert y.dtype == torch.bfloat16
+    torch.testing.assert_close(y.float(), expected, rtol=0.02, atol=0.02)
+
+
 @pytest.mark.parametrize("patch, widths, factor", [
     (1, (16, 16, 32), 4), (2, (16, 32), 4), (1, (16, 16, 16, 32), 8), (2, (16, 16, 32), 8),
 ])
@@ -117,8 +130,26 @@ def test_videos_and_chunks():
     assert latents.shape == (2, 3, 5, 4, 2) and decoded.shape == video.shape
     frame = vae.encode(video[1, :, 3][None]).mean[0]  # each frame in its place
     torch.testing.assert_close(latents[1, :, 3], frame, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(vae.encode_video(video, chunk=2), latents, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(vae.decode_video(latents, chunk=2), decoded, rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("height, width, pixels, sizes", [
+    (16, 8, 256, [2] * 5), (16, 8, 1000, [7, 3]), (32, 16, 1000, [1] * 10), (8, 8, 2**19, [10]),
+    (64, 64, 1, [1] * 10),
+])
+def test_memory_is_bounded_in_pixels(monkeypatch, height, width, pixels, sizes):
+    vae = make_vae()
+    video, seen = torch.rand(2, 3, 5, height, width), []
+    latents = vae.encode_video(video)
+    decoded = vae.decode_video(latents)
+    for name in ("encode", "decode"):
+        part = getattr(vae, name)
+        monkeypatch.setattr(vae, name, lambda x, part=part: seen.append(len(x)) or part(x))
+    again = vae.encode_video(video, pixels)
+    torch.testing.assert_close(again, latents, rtol=1e-4, atol=1e-4)
+    again = vae.decode_video(latents, pixels)
+    torch.testing.assert_close(again, decoded, rtol=1e-4, atol=1e-4)
+    assert seen == 2 * sizes
 
 
 @torch.no_grad()
@@ -233,6 +264,41 @@ def test_gan_start():
     assert torch.equal(before, plain.generator_loss(*batch, vae.last_layer, step=4)[0])
     after, terms = criterion.generator_loss(*batch, vae.last_layer, step=5)
     assert "gan" in terms and not torch.equal(before, after)
+
+
+@pytest.mark.parametrize("more", [[], ["--grad-checkpoint"]])
+def test_a_compiled_autoencoder_and_its_discriminator(more):
+    """The discriminator's weight goes backward through the last layer before the loss does, which
+    compiled code would refuse. One graph each for encoder and decoder, and the same gradients."""
+    vae, criterion = make_vae(), VAELoss(VAELossConfig(gan_weight=0.5, gan_start=1))
+    x, eps, found = smooth_frames(2, 32), torch.randn(2, 3, 8, 8), []
+    train.economize(train.parse_args(["vae", "--out", "x", *more]), vae)
+    torch._dynamo.reset()
+    for backend in (None, CompileCounterWithBackend("aot_eager")):
+        if backend is not None:
+            vae.encoder.compile(backend=backend, fullgraph=True)
+            vae.decoder.compile(backend=backend, fullgraph=True)
+        for step in range(3):  # the discriminator joins in at step 1
+            vae.zero_grad()
+            posterior = vae.encode(x)
+            x_hat = vae.decode(posterior.sample(eps))
+            loss, _ = criterion.generator_loss(x, x_hat, posterior, vae.last_layer, step)
+            loss.backward()
+        found.append(gradients(vae))
+    assert backend.frame_count == 2
+    torch.testing.assert_close(*found, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("autocast", [True, False])
+@torch.no_grad()
+def test_weights_in_half_precision(autocast):
+    vae = make_vae()
+    video = smooth_frames(6, 32).unflatten(0, (2, 3)).transpose(1, 2)
+    expected = vae.decode_video(vae.encode_video(video))
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        y = vae.bfloat16().decode_video(vae.encode_video(video))
+    error = (y - expected).square().mean().sqrt() / expected.std()
+    assert y.dtype == torch.float32 and error < 0.1
 
 
 def test_one_batch_overfits():
