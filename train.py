@@ -258,9 +258,9 @@ def beginning(step, config):
 
 
 def frame_stride(step, config):
-    """Every how manieth frame of a clip is learnt from. What words mean shows in four frames of an
-    action as well as in sixteen, in a quarter of the time: those clips have a lower frame rate, as
-    any clip of a longer action has."""
+    """N, where a step learns from every N-th frame of its clips. What words mean shows in four
+    frames of an action as well as in sixteen, and in a quarter of the time. Such clips have a lower
+    frame rate, as any clip of a longer action has."""
     return next((n for share, n in config.strides if step < share * config.steps), 1)
 
 
