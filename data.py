@@ -11,6 +11,7 @@ arrays of shape (f, h, w, 3); `to_model` and `to_uint8` convert to and from floa
 import copy
 import csv
 import errno
+import functools
 import hashlib
 import io
 import itertools
@@ -222,8 +223,10 @@ def _cover(width, height, size, count=1):
     """(width, height) scaled until they just cover `size`; only rounded if that is None. Raises
     VideoError where `count` frames of it are too many pixels."""
     if size is not None:
-        scale = max(size[0] / width, size[1] / height)
-        width, height = max(size[0], width * scale), max(size[1], height * scale)
+        low, high = sorted((size[0] / width, size[1] / height))
+        if high > 64 * low:
+            raise VideoError(f"too narrow: {width:.0f} x {height:.0f} pixels")
+        width, height = max(size[0], width * high), max(size[1], height * high)
     if count * width * height > 2 * MAX_PIXELS:
         raise VideoError(f"{count} times {width:.0f} x {height:.0f} pixels are too many")
     return max(round(width), 1), max(round(height), 1)
@@ -411,7 +414,8 @@ class _Video:
             self.keys = np.flatnonzero(keys[order]) if self.exact else np.array([], int)
             self.unit = float(stream.time_base)
             self.interval = 1 / float(stream.average_rate or FOLDER_FPS) / self.unit
-            self.aspect = float(stream.sample_aspect_ratio or 1)
+            aspect = float(stream.sample_aspect_ratio or 1)
+            self.aspect = aspect if abs(aspect - 1) > 0.02 else 1  # nearly square is square
             if not rising or avi and delayed:
                 self.times = np.arange(len(times)) * self.interval
 
@@ -676,9 +680,13 @@ def _name_caption(video):
     *folders, name = _stem(video).split("/")
     named = [folder for folder in folders if folder.lower() not in PLAIN_FOLDERS]
     flat = re.fullmatch(r"v_([A-Za-z]+)_g\d+_c\d+", name)
-    name = flat[1] if flat else [name, *named][-1]
-    sentence = {key.lower(): value for key, value in UCF101.items()}.get(name.lower())
-    return sentence or words(name).encode(errors="replace").decode() or name  # not always text
+    return _sentence(flat[1] if flat else [name, *named][-1])
+
+
+@functools.cache
+def _sentence(name):
+    known = {key.lower(): value for key, value in UCF101.items()}.get(name.lower())
+    return known or words(name).encode(errors="replace").decode() or name  # names need not be text
 
 
 def _texts(videos, others):
@@ -731,7 +739,8 @@ def _rows(folder, name, videos, others):
                               skipinitialspace=True)  # fmt: skip
     elif suffix == ".json":
         rows = json.loads(text)
-        if isinstance(rows, dict):  # {name: caption}, or {name: row}
+        if isinstance(rows, dict) and any(_suffix(key) in VIDEOS for key in rows):
+            # {name: caption}, or {name: row}
             rows = [{"file": key, **(row if isinstance(row, dict) else {"caption": row})}
                     for key, row in rows.items()]  # fmt: skip
         rows = rows if isinstance(rows, list) else [rows]
@@ -830,16 +839,17 @@ def _mentions(path, names, stems):
         lines = file.read(2**20).decode(errors="replace").replace("\0", "").splitlines()
     begun, lines = 0, [line for line in lines if line.strip()]
     for line in lines:
-        parts = re.split(r"""[,;\t|:"]""", line) + re.split(r"""[\s,;:"'|{}\[\]()]+""", line)
-        named = [part for part in parts if re.split(r"[\\/]", part.strip())[-1] in names]
-        begin = next(filter(None, map(str.strip, parts[::-1][-2::-1])), "")
-        rest = line
+        cells = re.split(r"""[,;\t|:"]""", line)
+        tokens = [part for part in re.split(r"""[\s,;:"'|{}\[\]()]+""", line) if part]
+        named = {part for part in (*cells, *tokens)
+                 if re.split(r"[\\/]", part.strip())[-1] in names
+                 or _suffix(path) in TABLES and part.strip().lower() in stems}  # fmt: skip
         for part in named:
-            rest = rest.replace(part, "")
-        about = re.search(r"[^\W\d_]{2}", rest)
+            line = line.replace(part, "")
+        about = re.search(r"[^\W\d_]{2}", line) is not None  # a word
         if named and about:
             return True
-        begun += bool(about) and _stem(begin).lower() in stems
+        begun += about and tokens != [] and tokens[0].lower() in stems
     return 2 * begun > len(lines)
 
 
@@ -949,9 +959,9 @@ class VideoFolder:
     def summary(self) -> list[str]:
         """Lines that tell what will be learned, and warn of what cannot be."""
         count = Counter(text for i in range(len(self)) for text in self.captions(i))
-        spread = Counter(word for text in count for word in set(text.lower().split()))
-        rare = sum(spread[word] == 1 and count[text] == 1
-                   for text in count for word in set(text.lower().split()))  # fmt: skip
+        tokens = [(n, word) for text, n in count.items() for word in set(text.lower().split())]
+        spread = Counter(word for _, word in tokens)
+        rare = sum(n == spread[word] == 1 for n, word in tokens)
         lines = [f"{len(self)} videos, {len(count)} different captions from {self.source}"]
         lines += [f'{n} x "{text}"' for text, n in count.most_common(3)]
         for names, what in ((self.left_out, "videos without a caption are left out"),
@@ -961,7 +971,7 @@ class VideoFolder:
                 lines.append(f"{len(names)} {what}, such as {min(names)}")
         if len(count) == 1 and len(self) > 1:
             lines.append("warning: all captions are the same, so that no text can be learned")
-        elif 2 * rare >= spread.total():
+        elif 2 * rare >= sum(n for n, _ in tokens):
             lines.append("warning: most words belong to one video only, so that what they mean "
                          "cannot be learned")
         return lines

@@ -819,9 +819,10 @@ def measure_features(args: Namespace, names: list[str]) -> tuple[dict, dict]:
     real = Source.open(args.real, args.seed, args, device) if args.real else None
     sources = [source for source in (real, fake) if source]
     folders = any(source.folder for source in sources)
-    for option in ("stride", "split"):
-        if getattr(args, option) and not folders:
-            raise UserError(f"--{option} is for folders of videos: none is given")
+    if args.stride and not folders:
+        raise UserError("--stride is for folders of videos: none is given")
+    if args.split and not sources[0].folder:
+        raise UserError(f"--split is for a folder of videos: {sources[0].name} is none")
     size = agree_on_clips(args, sources)
     sampling = {name: getattr(args, name) for name in ("frames", "stride", "split", "seed")}
 
@@ -880,9 +881,9 @@ def measure_captions(args: Namespace) -> tuple[dict, float | None]:
         captions, rates, scenes = zip(*samples)
         if pipeline:
             check_words(pipeline, captions)
-            bar = tqdm(desc=f"captions, {name}", total=len(captions), unit="clip")
-            clips = generate_clips(pipeline, captions, args)
-            videos, rates = [sample.video for sample in clips if not bar.update()], pipeline.fps
+            clips, rates = generate_clips(pipeline, captions, args), pipeline.fps
+            bar = tqdm(clips, f"captions, {name}", len(captions), unit="clip")
+            videos = [sample.video for sample in bar]
         else:
             videos = [render(scene, fps=rate) for scene, rate in zip(scenes, rates)]
         results[name] = caption_accuracy(scenes, videos, rates)

@@ -58,7 +58,7 @@ CONDITIONINGS = ("mask", "replacement", "reconstruction")
 # says, so a new sentence is at odds with several frames of the old motion: one makes no jump.
 OVERLAP = 1
 AT_ONCE = 2**20  # pixels of the clips that are drawn at once: 16 of 16 frames of 64x64
-LARGEST = 2**29  # bytes of the pixels of one file: to write them takes five times that memory
+LARGEST = 2**30  # bytes of the pixels of one file, as enlarged: more fill the memory
 UNLIKE = 20  # levels of 255 that the autoencoder is wrong by where pictures are of another kind
 
 
@@ -71,6 +71,8 @@ class Pipeline:
     data: what the model was trained on, where that is known: {"frames": of a clip, "size": of a
     frame in pixels, "fps": [lowest, highest], "captions": up to 1,000 different ones}.
     """
+
+    precision = None  # of matrix products, as for `tools.autocast`
 
     def __init__(self, tokenizer, text_encoder, unet, vae, schedule, device="cpu", data=None):
         self.device, self.data = torch.device(device), data or {}
@@ -165,7 +167,7 @@ class Pipeline:
                 )
 
             given = torch.zeros(len(stories[part]), *shape, device=self.device)
-            with autocast(self.device):
+            with autocast(self.device, self.precision):
                 if where:
                     shown = to_model(pictures[part]).to(self.device)
                     given[:, :, where] = self.vae.encode_video(shown)

@@ -15,13 +15,13 @@ import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import fields
+from datetime import timedelta
 from pathlib import Path
 
-MAIN = getattr(sys.modules["__main__"], "__file__", None)
-HERE = Path(__file__).resolve().parent
+MAIN = Path(getattr(sys.modules["__main__"], "__file__", None) or "none")
 
-if MAIN and Path(MAIN).resolve().parent in (HERE, HERE / "experiments"):  # a command is starting
-    # Not an exception: what is imported below may swallow it. In the background it is ignored.
+if MAIN.name in ("sample.py", "train.py", "metrics.py") or MAIN.parent.name == "experiments":
+    # A command is starting. An exception would not do: what is imported next may swallow it.
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, lambda *_: (os.write(2, b"interrupted\n"), os._exit(130)))
     for stream in ("stdin", "stdout", "stderr"):
@@ -29,6 +29,8 @@ if MAIN and Path(MAIN).resolve().parent in (HERE, HERE / "experiments"):  # a co
             setattr(sys, stream, open(os.devnull, "w"))
 
 import torch  # takes a second or two
+import torch.distributed as dist
+from tqdm import tqdm
 
 # ------------------------------------------------------------------------------ manners
 
@@ -154,6 +156,95 @@ def print_row(**row):
     print(json.dumps(row), flush=True)
 
 
+# ------------------------------------------------------------------------------ messages
+
+def progress(items, title, done, total):
+    """A progress bar on stderr around the items that are left."""
+    interval = 0.5 if sys.stderr.isatty() else 60  # seconds; few lines when stderr is a file
+    return tqdm(
+        items, title, initial=done, total=total, mininterval=interval, disable=process() > 0
+    )
+
+
+def say(text):
+    """A line on stderr, above a progress bar if there is one."""
+    if process() == 0:
+        tqdm.write(text, file=sys.stderr)
+
+
+def memory_gib():
+    """Peak memory so far: of the GPU where there is one, else of this process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0.0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**30 if sys.platform == "darwin" else 2**20)  # bytes on macOS, else kiB
+
+
+# ------------------------------------------------------------------------------ several GPUs
+# torchrun starts a process for each GPU. All do the same, each with its share of every batch, and
+# the first one alone writes files and messages. Without torchrun there is only the first one.
+
+
+def join_processes(device):
+    """Under torchrun: meet the other processes, and take one GPU each."""
+    if "LOCAL_RANK" in os.environ:  # set by torchrun
+        if device.type == "cuda":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        # The others wait for as long as the first one encodes the data set.
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(days=1))
+
+
+def processes():
+    """How many there are."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def process():
+    """The number of this one; 0 is the first."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+@contextlib.contextmanager
+def first_process_first():
+    """The others do what is inside when the first one is through, with what it left on the disk."""
+    if process() > 0:
+        dist.barrier()
+    yield
+    if process() == 0 and processes() > 1:
+        dist.barrier()
+
+
+def parts(batch, count, device):
+    """This process's parts of a batch of tensors (b, ...), which is the same in every process, as
+    pairs: the share of the batch that a part is, and its tensors. `count` parts in each process go
+    one after the other, for --grad-accum."""
+    pieces = (x.tensor_split(count * processes())[process() :: processes()] for x in batch)
+    for part in zip(*pieces):
+        yield len(part[0]) / len(batch[0]), [x.to(device) for x in part]
+
+
+def sum_over_processes(values, parameters=()):
+    """Adds up what the processes found, each in its share of the batch: a dict of floats, which is
+    returned, and the gradients of the parameters, where they are."""
+    if processes() == 1:
+        return values
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    tensors = [torch.tensor(list(values.values()), device=device)]
+    for p in parameters:
+        p.grad = torch.zeros_like(p) if p.grad is None else p.grad  # not in this one's share
+        tensors.append(p.grad)
+    flat = torch.cat([x.flatten() for x in tensors])
+    dist.all_reduce(flat)
+    for x, total in zip(tensors, flat.split([x.numel() for x in tensors])):
+        x.copy_(total.view(x.shape))
+    return dict(zip(values, tensors[0].tolist()))
+
+
 # ------------------------------------------------------------------------------ device
 
 
@@ -222,6 +313,34 @@ def atomic_path(path):
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def locked(folder):
+    """Makes a folder if need be, and keeps other runs out of it until the context ends or this
+    process does. Raises UserError where another one is in it."""
+    folder, handle = Path(folder), None
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with contextlib.suppress(ImportError):  # Windows has none: there nothing is locked
+            import fcntl
+
+            handle = os.open(folder, os.O_RDONLY)
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(handle)
+        raise UserError(f"another run writes into {folder}: choose another --out") from error
+    except OSError:
+        pass  # a file system without locks
+    try:
+        yield
+    finally:
+        if handle is not None:
+            os.close(handle)
+        for path in made:
+            with contextlib.suppress(OSError):  # not if anything lies in it
+                path.rmdir()
 
 
 def load_tensors(path: Path, kind: str) -> object:

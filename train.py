@@ -17,6 +17,12 @@ saving. Killed at any moment and resumed, on the same CPU, a run ends with the s
 Letters used here: `b` batch, `c` channels, `f` frames, `h w` height and width, `t` timestep.
 """
 
+from tools import DEVICES, Parser, UserError, atomic_path, autocast, check_weights
+from tools import first_process_first, join_processes, load_checkpoint, locked, memory_gib, number
+from tools import out_of_memory, pack, parts, pick_device, printable, process, processes
+from tools import product_dtype, progress, run_command, save_atomically, say, sum_over_processes
+from tools import unpack
+
 import argparse
 import contextlib
 import copy
@@ -26,23 +32,21 @@ import importlib.util
 import json
 import math
 import os
+import re
 import shlex
 import signal
-import sys
 import time
+import warnings
 from collections import defaultdict
 from dataclasses import asdict, dataclass, replace
-from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from einops import rearrange
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 from torch.utils.checkpoint import checkpoint
-from tqdm import tqdm
 
 from data import FPS, DataError, VideoError, VideoFolder, contact_sheet, prefetch, read_ahead
 from data import to_model, to_uint8, write_video
@@ -50,23 +54,24 @@ from diffusion import DiffusionConfig, NoiseSchedule, diffusion_loss
 from sample import Pipeline, load_pipeline
 from shapes import MovingShapes
 from text_encoder import TextEncoder, TextEncoderConfig, Tokenizer
-from tools import Parser, UserError, atomic_path, autocast, load_checkpoint, number, pack
-from tools import out_of_memory, pick_device, product_dtype, run_command, save_atomically
-from tools import unpack
 from unet3d import SpaceTimeBlock, UNet3D, UNet3DConfig
 from vae import AutoencoderKL, ResBlock, VAEConfig, VAELoss, VAELossConfig
 
 # ------------------------------------------------------------------------------ stage 1: frames
 
 
-def train_vae(args, preset, device):
+def train_vae(args: argparse.Namespace, preset: "Preset", device: torch.device) -> None:
     """Stage 1: train the autoencoder on single frames; writes vae.pt."""
-    config = preset.vae_training
     torch.manual_seed(args.seed)  # of the initial weights
-    dataset, identity, test = open_frames(args, config, preset.size)
-    vae = build_vae(args, preset).to(device).train()
-    run = Run(args, adopt(args, preset, vae=vae.config))
-    vae_loss = make_vae_loss(args, run.preset.vae_loss).to(device)
+    dataset = open_dataset(args, preset)
+    if args.init:
+        vae = unpack(AutoencoderKL, VAEConfig, load_checkpoint(args.init, "vae")["vae"])
+    else:
+        vae = AutoencoderKL(preset.vae)
+    vae = vae.to(device).train()
+    run = Run(args, adopt(args, preset, vae=vae.config), {"data": digest(dataset.identity())})
+    dataset, test = hold_out(args, preset.size, dataset)
+    config, vae_loss = run.config, make_vae_loss(args, run.preset.vae_loss).to(device)
     models, optimizers = {"vae": vae}, make_optimizers(vae, config, args.precision)
     if vae_loss.discriminator is not None:
         models["discriminator"] = vae_loss.discriminator
@@ -74,7 +79,7 @@ def train_vae(args, preset, device):
         optimizers["discriminator"] = torch.optim.AdamW(
             vae_loss.discriminator.parameters(), config.lr, (0.5, 0.9), weight_decay=0.0, fused=True
         )
-    run.begin(models, optimizers, {"data": identity})
+    run.begin(models, optimizers)
     economize(args, vae.encoder, vae.decoder)
 
     draw = functools.partial(draw_frames, dataset, args.seed, config.batch_size)
@@ -98,7 +103,7 @@ def train_vae(args, preset, device):
                     loss = vae_loss.discriminator_loss(x, x_hat)
                 (share * loss).backward()
                 terms["discriminator"] = loss.item()
-            add(values, share, terms)
+            accumulate(values, share, terms)
         values["grad"] = clip_grad_norm_(vae.parameters(), config.grad_clip).item()
         run.check_finite(values["loss"], values["grad"], values.get("discriminator", 0))
         for optimizer in optimizers.values():
@@ -116,15 +121,16 @@ def train_vae(args, preset, device):
 # ------------------------------------------------------------------------------ stage 2: videos
 
 
-def train_diffusion(args, preset, device):
+def train_diffusion(args: argparse.Namespace, preset: "Preset", device: torch.device) -> None:
     """Stage 2: train text encoder and UNet on the autoencoder's latents; writes model.pt."""
-    config = preset.diffusion_training
     torch.manual_seed(args.seed)  # of the initial weights
     tokenizer, text_encoder, unet, schedule, vae = build_models(args, preset)
-    run = Run(args, adopt(args, preset, vae=vae.config, text=text_encoder.config,
-                          unet=unet.config, diffusion=schedule.config))
-    config = run.preset.diffusion_training
-    dataset = open_dataset(args, config, preset.size)
+    preset = adopt(args, preset, vae=vae.config, text=text_encoder.config, unet=unet.config,
+                   diffusion=schedule.config)
+    dataset = open_dataset(args, preset)
+    digests = {"data": digest(dataset.identity()), "autoencoder": digest("", vae)}
+    run = Run(args, preset, digests)
+    config = run.config
     captions = [dataset.caption(i) for i in range(len(dataset))]
     tokenizer, tokens, token_mask = encode_captions(
         run.tokenizer or tokenizer, captions, text_encoder.config, device
@@ -132,17 +138,21 @@ def train_diffusion(args, preset, device):
     vae = vae.to(device)
     model = nn.ModuleDict({"text_encoder": text_encoder, "unet": unet}).to(device).train()
     ema, optimizers = EMA(model, config.ema), make_optimizers(model, config, args.precision)
-    same = {"data": dataset.identity(), "autoencoder": digest(vae)}
-    run.begin({"model": model, "ema": ema.model}, optimizers, same, tokenizer)
+    run.begin({"model": model, "ema": ema.model}, optimizers, tokenizer)
     economize(args, text_encoder, unet)
 
     with first_process_first():
         clips, fps, latents = encode_dataset(vae, dataset, device, run.out, args.precision)
     report_skipped(dataset, run.out)
-    prompts, rate = (PROMPTS, FPS) if args.data == "shapes" else typical(captions, fps)
+    prompts, rate = PROMPTS, FPS
+    if args.data != "shapes":
+        prompts, rate = typical(captions, 4), max(round(fps.median().item(), 1), 0.1)
+    about = {"frames": dataset.frames, "size": preset.size, "captions": typical(captions, 1000),
+             "fps": [fps.min().clamp(0.1).item(), fps.max().clamp(max=1000).item()]}
     pipeline = Pipeline(
-        tokenizer, ema.model["text_encoder"], ema.model["unet"], vae, schedule, device
+        tokenizer, ema.model["text_encoder"], ema.model["unet"], vae, schedule, device, about
     )
+    pipeline.precision = args.precision
     for step in run.steps():
         batch = draw_batch(args.seed, step, config, clips, fps, latents, schedule)
         set_learning_rate(optimizers, step, config)
@@ -153,8 +163,8 @@ def train_diffusion(args, preset, device):
             with autocast(device, args.precision):
                 loss = text_to_video_loss(model, schedule, tokens, token_mask, *part)
             (share * loss).backward()
-            add(values, share, {"loss": loss.item()})
-        values = sum_over_processes(model, values)
+            accumulate(values, share, {"loss": loss.item()})
+        values = sum_over_processes(values, model.parameters())
         values["grad"] = clip_grad_norm_(model.parameters(), config.grad_clip).item()
         run.check_finite(*values.values())
         for optimizer in optimizers.values():
@@ -172,18 +182,18 @@ def train_diffusion(args, preset, device):
 # ------------------------------------------------------------------------------ batches, losses
 
 
-def generator(seed, step):
+def generator(seed: int, step: int) -> torch.Generator:
     """The source of all torch randomness of one step, on the CPU: the same on every device."""
     return torch.Generator().manual_seed(seed * 1_000_003 + step)
 
 
-def add(sums, share, values):
+def accumulate(sums, share, values):
     """Adds `share` times each of the values to the sum of the same name."""
     for name, value in values.items():
         sums[name] = sums.get(name, 0.0) + share * value
 
 
-def draw_frames(dataset, seed, count, step, per_video=2):
+def draw_frames(dataset, seed: int, count: int, step: int, per_video: int = 2) -> Tensor:
     """The frames of a step of stage 1: (count, 3, h, w) in [-1, 1]. Raises DataError where no video
     can be used."""
     frames, attempt, failures = [], 0, 0
@@ -212,10 +222,10 @@ def make_vae_loss(args, config):
                         ) from error
 
 
-def psnr(x, x_hat):
+def psnr(x: Tensor, x_hat: Tensor) -> float:
     """Peak signal-to-noise ratio in dB of values in [-1, 1] (peak to peak 2)."""
     mse = (x.clamp(-1, 1) - x_hat.float().clamp(-1, 1)).square().mean()
-    return (10 * torch.log10(4 / mse)).item()
+    return (10 * torch.log10(4 / mse.clamp(min=1e-10))).item()
 
 
 @torch.no_grad()
@@ -245,7 +255,7 @@ def measure_latents(vae, dataset, device, precision, videos=256):
     vae.set_latent_statistics(rearrange(torch.stack(z), "b f c h w -> b c f h w"))
 
 
-def beginning(step, config):
+def beginning(step: int, config: "TrainConfig") -> float:
     """How much of the easy start is left: falls from 1 to 0 in the first `easy_start` steps.
 
     Training begins with one question: here is the first frame, there is a sentence, all else is
@@ -292,7 +302,7 @@ def draw_batch(seed, step, config, clips, fps, latents, schedule):
     return rows, fps[index], latents[index].float(), given_mask, t, noise, images
 
 
-def draw_given_frames(rng, batch, frames, text_only):
+def draw_given_frames(rng, batch: int, frames: int, text_only: float) -> Tensor:
     """Which frames the model is given clean: bool (batch, frames), at least one is left to draw.
 
     A share `text_only` gets none; the rest is divided evenly between the first frame (image to
@@ -305,16 +315,12 @@ def draw_given_frames(rng, batch, frames, text_only):
             continue
         task = rng.choice(["first", "first few", "last few", "ends", "random"])
         count = rng.integers(1, max(frames // 2, 1) + 1)
-        if task in ("first", "ends"):
-            row[0] = True
-        if task == "first few":
-            row[:count] = True
-        if task == "last few":
-            row[-count:] = True
-        if task == "ends" and frames > 2:
-            row[-1] = True
         if task == "random":
             row[rng.choice(frames, size=count, replace=False)] = True
+        else:
+            ends = [0] if frames == 2 else [0, -1]
+            tasks = {"first": 0, "first few": slice(count), "last few": slice(-count, None)}
+            row[tasks.get(task, ends)] = True
     return torch.from_numpy(mask)
 
 
@@ -344,14 +350,14 @@ def encode_captions(tokenizer, captions, config, device):
         raise UserError(f"one of the captions is too long: {error}") from error
 
 
-def typical(captions, fps, count=4):
-    """A few different captions from all over the data set, and the middle frame rate."""
+def typical(captions: list[str], count: int) -> list[str]:
+    """So many different captions, at most, from all over the data set."""
     captions = sorted(set(captions))
     picked = np.linspace(0, len(captions) - 1, min(count, len(captions))).astype(int)
-    return [captions[i] for i in picked], max(round(fps.median().item(), 1), 0.1)
+    return [captions[i] for i in picked]
 
 
-def save_pipeline(pipeline, path):
+def save_pipeline(pipeline: Pipeline, path: Path) -> None:
     """model.pt: weights in half precision, which halves the file and changes nothing visible."""
     packed = pipeline.pack()
     for part in packed.values():
@@ -367,13 +373,6 @@ def draw_samples(pipeline, path, prompts, fps):
 
 
 # ------------------------------------------------------------------------------ models, data
-
-
-def build_vae(args, preset):
-    """The autoencoder of --init, or a new one."""
-    if args.init:
-        return unpack(AutoencoderKL, VAEConfig, load_checkpoint(args.init, "vae")["vae"])
-    return AutoencoderKL(preset.vae)
 
 
 def build_models(args, preset):
@@ -400,66 +399,61 @@ def adopt(args, preset, **configs):
             own = getattr(getattr(preset, part), name)
             if value != own:
                 say(f"{part}.{name} is {value}, as in the trained weights, not {own}")
-    preset = replace(preset, **configs)
-    size = preset.unet.latent_size * preset.vae.factor
-    if size != preset.size or preset.unet.channels != preset.vae.latent_channels:
-        raise UserError(f"the VAE does not fit --preset {args.preset} of {preset.size} pixels")
-    return preset
+    adopted = replace(preset, **configs)
+    if adopted != preset:
+        check_preset(args.preset, adopted)
+    return adopted
 
 
-def digest(model, *more):
-    """A text that tells the weights of a model, and more that has a repr, from any others."""
-    weights = hashlib.sha256(repr(more).encode())
-    for value in model.state_dict().values():
-        weights.update(value.numpy(force=True).tobytes())
-    return weights.hexdigest()
+def digest(text: str, model: nn.Module | None = None) -> str:
+    """A text that tells a text, and the weights of a model, from any others."""
+    total = hashlib.sha256(text.encode())
+    for value in model.state_dict().values() if model else ():
+        total.update(value.numpy(force=True).tobytes())
+    return total.hexdigest()
 
 
-def open_dataset(args, config, size):
+def open_dataset(args, preset):
     """What --data names: `MovingShapes` or a `VideoFolder`. Raises UserError, DataError."""
+    videos = getattr(preset, f"{args.stage}_training").videos
     clips = {name: getattr(args, name) for name in CLIP_OPTIONS}
     if args.data == "shapes":
         if options(**clips):
             raise UserError(f"{options(**clips)} is for --data FOLDER, a folder of videos")
-        return MovingShapes(config.videos, seed=args.seed, size=size)
+        return MovingShapes(videos, seed=args.seed, size=preset.size)
     if args.videos is not None:
         raise UserError("--videos is for --data shapes; a folder has as many as there are in it")
     if Path(args.out).resolve().is_relative_to(Path(args.data).resolve()):
         raise UserError(f"--out {args.out} lies inside --data {args.data}: its sample videos would "
                         "be taken for data")
-    dataset = VideoFolder(args.data, seed=args.seed, size=size, **clips)
-    say(f"{args.data}: {len(dataset)} videos, captions from {dataset.source}, for example "
-        f'"{dataset.caption(0)}"')
+    dataset = VideoFolder(args.data, seed=args.seed, size=preset.size, **clips)
+    for line in dataset.summary():
+        say(printable(f"{args.data}: {line}"))
     return dataset
 
 
-def open_frames(args, config, size):
-    """The data set of stage 1, its identity, and frames (256, 3, h, w) held out of it."""
-    dataset = open_dataset(args, config, size)
-    identity = dataset.identity()
+def hold_out(args, size, dataset):
+    """The data set of stage 1 without the videos held out, and HELD_OUT frames (n, 3, h, w) of
+    those."""
     if args.data == "shapes":
         held_out = MovingShapes(128, "heldout", seed=args.seed, size=size)
     else:
         dataset, held_out = dataset.divide()
     try:
-        return dataset, identity, draw_frames(held_out, 0, 256, 0)
+        return dataset, draw_frames(held_out, 0, HELD_OUT, 0)
     except DataError:  # the few held-out videos of a small folder cannot be used
-        return dataset, identity, draw_frames(dataset, 0, 256, 0)
+        return dataset, draw_frames(dataset, 0, HELD_OUT, 0)
 
 
 def report_skipped(dataset, out):
     """List the videos that cannot be used in skipped.txt, each once, with the reason."""
-    path, skipped = out / "skipped.txt", sorted(dataset.skipped.items())
-    if process() > 0:
-        return
-    if not skipped:
-        path.unlink(missing_ok=True)  # of an earlier run
-        return
-    text = "".join(f"{name}: {why}\n" for name, why in skipped).encode("utf-8", "backslashreplace")
-    if not path.is_file() or path.read_bytes() != text:
+    path, text = out / "skipped.txt", b""
+    for name, why in sorted(dataset.skipped.items()):
+        text += f"{name}: {why}\n".encode("utf-8", "backslashreplace")
+    if process() == 0 and text != (path.read_bytes() if path.is_file() else b""):
         with atomic_path(path) as temporary:
             temporary.write_bytes(text)
-        say(f"skipped {len(skipped)} videos: {path} says why")
+        say(f"skipped {len(dataset.skipped)} videos: {path} says why")
 
 
 @torch.no_grad()
@@ -474,7 +468,7 @@ def encode_dataset(vae, dataset, device, out, precision=None):
     file, contents = out / "latents.bin", out / "latents.json"
     side = dataset.size // vae.config.factor
     shape = (vae.config.latent_channels, dataset.frames, side, side)
-    key = digest(vae, dataset.identity(), precision)
+    key = digest(f"{dataset.identity()} {precision}", vae)
     state = read_contents(contents, key, len(dataset))
     size = 2 * math.prod(shape) * len(state["clips"])  # in bytes
     if not state["clips"] or not file.is_file() or file.stat().st_size < size:
@@ -509,11 +503,10 @@ def read_contents(path, key, length):
     with contextlib.suppress(OSError, ValueError, TypeError, KeyError, RecursionError):
         state = json.loads(path.read_bytes())
         clips, fps = state["clips"], state["fps"]
-        whole = len(set(clips)) == len(clips) == len(fps) and state["key"] == key
-        if whole and all(type(i) is int and 0 <= i < length for i in clips) and all(
-            type(rate) is float and 0 < rate < math.inf for rate in fps
-        ):
-            return {"key": key, "clips": clips, "fps": fps}
+        good = [type(i) is int and 0 <= i < length and type(rate) is float and 0 < rate < math.inf
+                for i, rate in zip(clips, fps, strict=True)]
+        if state["key"] == key and all(good) and len(set(clips)) == len(clips):
+            return state
     return {"clips": []}
 
 
@@ -599,7 +592,7 @@ def make_optimizers(
     return optimizers | {"adamw": adamw}
 
 
-def learning_rate(step, config):
+def learning_rate(step: int, config: "TrainConfig") -> float:
     """Linear warm-up, constant, then a linear fall to zero over the last `decay` of the steps."""
     rise = (step + 1) / config.warmup if config.warmup else 1
     fall = (config.steps - step) / (config.decay * config.steps) if config.decay else 1
@@ -654,51 +647,32 @@ class Run:
     step and after the stage's result. So wherever a run is killed, what lies on the disk is at
     least as new as `last.pt`, and --resume makes the steps since then again, bit for bit.
 
-    preset: what to train with; tokenizer: of the run that goes on, or None.
+    digests: of what training starts from, by name. Attributes: the preset to train with, in which
+    what has a step to begin at keeps that step; tokenizer, of a run that goes on, or None.
     """
 
-    def __init__(self, args, preset):
+    def __init__(self, args, preset, digests):
         self.args, self.out, self.stage, self.preset = args, Path(args.out), args.stage, preset
-        self.config = getattr(preset, f"{args.stage}_training")
         self.start, self.logged, self.sums = 0, 0, {}  # the last logged step, all values since
-        self.signalled = self.stopping = False  # by Ctrl-C: in this process, in all
-        self.state = self.tokenizer = self.writer = None
-        # What must be the same when a run goes on; the rest (steps, learning rate) may change.
-        names = ("preset", "seed", *CLIP_OPTIONS)
-        self.settings = {name: getattr(args, name) for name in names} | {"vgg": bool(args.vgg)}
-        self._find()
-
-    def _find(self):
-        """Finds last.pt for --resume, or makes sure that nothing of an earlier run is overwritten.
-        """
-        last = self.out / "last.pt"
-        state = load_checkpoint(last, *STATE) if last.is_file() else {"stage": None}
-        if state["stage"] == self.stage and not self.args.resume:
-            raise UserError(f"{last} is a {self.stage} run: add --resume, or choose another --out")
-        if state["stage"] == "diffusion" != self.stage:  # a new VAE would make its UNet worthless
-            raise UserError(f"{last} is a diffusion run: choose another --out")
-        if self.args.resume and not (self.out / "config.json").is_file():
-            raise UserError(f"there is no {self.stage} run in {self.out} to resume")
-        if state["stage"] != self.stage:
-            return
-        for name, value in state["settings"].items():
-            if value != self.settings[name]:
-                was = options(**{name: value}) or f"no --{name.replace('_', '-')}"
-                raise UserError(f"{last} was started with {was}: use the same")
-        self.state, self.start, self.sums = state, state["step"], state["sums"]
-        self.logged = state["logged"]
-        if state["tokenizer"] is not None:
-            self.tokenizer = Tokenizer.from_state_dict(state["tokenizer"])
-
-    def begin(self, models, optimizers, same, tokenizer=None):
-        """Everything as it was when last.pt was written, and a folder ready for what comes.
-
-        models, optimizers: dicts; same: digests of what must not change, by name."""
-        self.models, self.optimizers, self.same = models, optimizers, same
-        self.kept = {"tokenizer": tokenizer and tokenizer.state_dict()}
+        self.signalled, self.stopping = 0, False  # by Ctrl-C: its number here, anywhere
+        self.record = describe_run(args, preset, digests)
+        self.state, self.writer = find_state(args, self.record), None
+        self.tokenizer, self.config = None, getattr(preset, f"{args.stage}_training")
         if self.state is not None:
-            self._restore(self.state, self.out / "last.pt")
-        self.state = None
+            state, loss = self.state, preset.vae_loss
+            self.start, self.logged, self.sums = state["step"], state["logged"], state["sums"]
+            self.tokenizer = state["tokenizer"]
+            self.preset = replace(preset, vae_loss=replace(loss, gan_start=state["gan_start"]))
+            if args.easy_start is None:
+                self.config = replace(self.config, easy_start=state["easy_start"])
+
+    def begin(self, models, optimizers, tokenizer=None):
+        """Models and optimizers, dicts of what will be saved, as they were when last.pt was
+        written; and a folder ready for what comes. Raises UserError."""
+        self.models, self.optimizers, self.tokenizer = models, optimizers, tokenizer
+        state, self.state = self.state, None
+        if state is not None:
+            restore(state, models, optimizers, self.out / "last.pt")
         if process() > 0:
             return
         if self.args.tensorboard:
@@ -706,50 +680,32 @@ class Run:
 
             folder = self.out / "tensorboard" / self.stage
             self.writer = SummaryWriter(folder, purge_step=self.start + 1)
-        try:
-            (self.out / "samples").mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"cannot write to {self.out}: {error.strerror}") from error
-        for path in self.out.rglob(".[0-9]*-*"):  # left by a process that was killed while writing
-            path.unlink()
-        self._rewind_log()
-        record = {"arguments": vars(self.args), "preset": asdict(self.preset)}
+        (self.out / "samples").mkdir(parents=True, exist_ok=True)
+        for path in (*self.out.iterdir(), *(self.out / "samples").iterdir()):
+            if UNFINISHED.fullmatch(path.name) and path.is_file():
+                path.unlink()  # left by a run that was killed while writing
+        # The steps since the checkpoint come again.
+        lines = [line for line in read_log(self.out / "log.jsonl")
+                 if line["stage"] != self.stage or line["step"] <= self.start]
+        with atomic_path(self.out / "log.jsonl") as path:
+            path.write_text("".join(json.dumps(line) + "\n" for line in lines))
         with atomic_path(self.out / "config.json") as path:
-            path.write_text(json.dumps(record, indent=2) + "\n")
-
-    def _restore(self, state, last):
-        for name, value in self.same.items():
-            if state["same"].get(name) != value:
-                raise UserError(f"{last} was trained with other {name}: use the same")
-        try:
-            for name, model in self.models.items():
-                model.load_state_dict(state["models"][name])
-            for name, optimizer in self.optimizers.items():
-                optimizer.load_state_dict(state["optimizers"][name])
-        except (KeyError, ValueError, RuntimeError) as error:
-            raise UserError(f"{last} does not fit the preset as it is now: restore its settings, "
-                            "or choose another --out") from error
-
-    def _rewind_log(self):
-        """Drop log lines of this stage from after the checkpoint: those steps come again."""
-        path = self.out / "log.jsonl"
-        lines = path.read_text().splitlines(keepends=True) if path.is_file() else []
-        # A kill or a full disk may have cut the last line short.
-        lines = [json.loads(line) for line in lines if line.endswith("\n")]
-        lines = [r for r in lines if r["stage"] != self.stage or r["step"] <= self.start]
-        with atomic_path(path) as temporary:
-            temporary.write_text("".join(json.dumps(line) + "\n" for line in lines))
+            what = {"arguments": vars(self.args), "preset": asdict(self.preset)}
+            path.write_text(json.dumps(what, indent=2) + "\n")
 
     def steps(self):
         """The remaining step numbers, behind a progress bar.
 
-        Ctrl-C lets the step come to its end and be saved, and is raised then. So does SIGTERM,
-        with which torchrun and job schedulers end a process. A second one ends it at once.
+        Ctrl-C lets the step come to its end and be saved, and is raised then. So do SIGTERM, with
+        which torchrun and job schedulers end a process, and SIGHUP, of a terminal that was closed.
+        A second one ends it at once.
         """
-        handlers = {name: signal.getsignal(name) for name in (signal.SIGINT, signal.SIGTERM)}
+        names = {"SIGINT", "SIGTERM", "SIGHUP"} & set(dir(signal))
+        handlers = {getattr(signal, n): signal.getsignal(getattr(signal, n)) for n in names}
+        handlers = {n: old for n, old in handlers.items() if old != signal.SIG_IGN}  # as by nohup
 
         def note(name, frame):
-            self.signalled = True
+            self.signalled = name
             if processes() == 1:  # torchrun passes signals on, so that each comes twice
                 signal.signal(name, handlers[name])
 
@@ -762,10 +718,13 @@ class Run:
                 yield step
                 if self.stopping:
                     say("stopped; the same command with --resume goes on from there")
-                    raise KeyboardInterrupt
+                    break
         finally:
             for name, handler in handlers.items():
                 signal.signal(name, handler)
+        if self.stopping:
+            signal.raise_signal(self.signalled or signal.SIGINT)
+            raise KeyboardInterrupt
 
     def check_finite(self, *values):
         """Raises UserError unless all of these numbers are finite."""
@@ -779,13 +738,13 @@ class Run:
     def log(self, step, values):
         """Every `log_every` steps, the means since the last time: an aligned line on stderr and a
         JSON object in log.jsonl."""
-        self.stopping = in_any_process(self.signalled)
-        add(self.sums, 1, values)
+        self.stopping = sum_over_processes({"stop": float(self.signalled)})["stop"] > 0
+        accumulate(self.sums, 1, values)
         done = step + 1
         if done % self.config.log_every and done != self.config.steps:
             return
         means = {name: total / (done - self.logged) for name, total in self.sums.items()}
-        seconds = max(time.monotonic() - self.clock, 1e-9) / (done - max(self.logged, self.start))
+        seconds = max(time.monotonic() - self.clock, 1e-6) / (done - max(self.logged, self.start))
         self.clock, self.logged, self.sums = time.monotonic(), done, {}
         lr, speed = learning_rate(step, self.config), self.config.batch_size / seconds
         minutes = (self.config.steps - done) * seconds / 60
@@ -811,8 +770,8 @@ class Run:
         return process() == 0 and (last or (step + 1) % self.config.save_every == 0)
 
     def save(self, step, write_result=None):
-        """Where it is due, or ten minutes have passed, or Ctrl-C was pressed: write last.pt, the
-        whole training state. Before that call `write_result()`, for the file that a finished stage
+        """Where it is due, ten minutes have passed, or Ctrl-C was pressed: write last.pt, the whole
+        training state. Before that call `write_result()`, for the file that a finished stage
         leaves."""
         late = time.monotonic() - self.saved > SAVE_SECONDS
         if process() > 0 or not (self.due(step) or late or self.stopping):
@@ -821,124 +780,117 @@ class Run:
         self.check_finite(torch.stack(weights).sum().item())  # or nothing good would be kept
         if write_result is not None:
             write_result()
-        state = {
-            "stage": self.stage,
-            "settings": self.settings,
-            "same": self.same,
-            "preset": asdict(self.preset),
-            **self.kept,
-            "step": step + 1,
-            "logged": self.logged,
-            "sums": self.sums,
+        save_atomically({
+            "stage": self.stage, "record": self.record, "step": step + 1,
+            "gan_start": self.preset.vae_loss.gan_start, "easy_start": self.config.easy_start,
+            "logged": self.logged, "sums": self.sums,
+            "tokenizer": self.tokenizer and self.tokenizer.state_dict(),
             "models": {name: model.state_dict() for name, model in self.models.items()},
-            "optimizers": {name: o.state_dict() for name, o in self.optimizers.items()},
-        }
-        save_atomically(state, self.out / "last.pt")
+            "optimizers": {name: o.state_dict()["state"] for name, o in self.optimizers.items()},
+        }, self.out / "last.pt")
         self.saved = time.monotonic()
 
 
 SAVE_SECONDS = 600  # between two checkpoints at most
-STATE = ("stage", "settings", "same", "tokenizer", "step", "logged", "sums", "models", "optimizers")
+UNFINISHED = re.compile(  # names that `atomic_path` gives to what a run writes
+    r"\.\d+-(config\.json|log\.jsonl|latents\.json|skipped\.txt|(vae|last|model)\.pt"
+    r"|(vae|step)_\d+\.(png|gif))"
+)
 
 
-# ------------------------------------------------------------------------------ several GPUs
-# torchrun starts a process for each GPU. All do the same, each with its share of every batch, and
-# the first one alone writes files and messages. Without torchrun there is only the first one.
+def describe_run(args, preset, digests):
+    """What must be the same when a run goes on, by name; the rest (steps, learning rate) may
+    change."""
+    names = ("preset", "seed", *CLIP_OPTIONS)
+    record = {f"--{name.replace('_', '-')}": getattr(args, name) for name in names}
+    record |= {"--vgg": bool(args.vgg), "size": preset.size}
+    record |= {f"{name} of digest": text[:16] for name, text in digests.items()}
+    parts_of = {"vae": ("vae", "vae_loss"), "diffusion": ("vae", "text", "unet", "diffusion")}
+    for part in parts_of[args.stage]:
+        record |= {f"{part}.{k}": value for k, value in vars(getattr(preset, part)).items()}
+    record.pop("vae_loss.gan_start", None)  # moves with the steps
+    return record
 
 
-def join_processes(device):
-    """Under torchrun: meet the other processes, and take one GPU each."""
-    if "LOCAL_RANK" in os.environ:  # set by torchrun
-        if device.type == "cuda":
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        # The others wait for as long as the first one encodes the data set.
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(days=1))
+def find_state(args, record):
+    """The state to go on from, or None. Raises UserError where that would overwrite or mix runs."""
+    out, stage = Path(args.out), args.stage
+    last = out / "last.pt"
+    state = read_state(last) if last.is_file() else {"stage": None}
+    if state["stage"] == stage and not args.resume:
+        raise UserError(f"{last} is a {stage} run: add --resume, or choose another --out")
+    if state["stage"] == "diffusion" != stage:  # a new VAE would make its UNet worthless
+        raise UserError(f"{last} is a diffusion run: choose another --out")
+    if state["stage"] == stage:
+        for name, now in record.items():
+            if repr(now) != repr(then := state["record"].get(name)):
+                raise UserError(f"{last} was started with {name} {then}, not {now}: use the same, "
+                                "or choose another --out")
+        return state
+    if args.resume and not (out / "config.json").is_file():
+        raise UserError(f"there is no {stage} run in {out} to resume")
+    if args.resume:
+        say(f"{out} has no checkpoint of the {stage} stage yet: it begins at step 1")
+    return None
 
 
-def processes():
-    """How many there are."""
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def process():
-    """The number of this one; 0 is the first."""
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-@contextlib.contextmanager
-def first_process_first():
-    """The others do what is inside when the first one is through, with what it left on the disk."""
-    if process() > 0:
-        dist.barrier()
-    yield
-    if process() == 0 and processes() > 1:
-        dist.barrier()
-
-
-def parts(batch, count, device):
-    """This process's parts of a batch of tensors (b, ...), which is the same in every process, as
-    pairs: the share of the batch that a part is, and its tensors. `count` parts in each process go
-    one after the other, for --grad-accum."""
-    pieces = (x.tensor_split(count * processes())[process() :: processes()] for x in batch)
-    for part in zip(*pieces):
-        yield len(part[0]) / len(batch[0]), [x.to(device) for x in part]
-
-
-def sum_over_processes(model, values):
-    """Adds up what the processes found, each in its share of the batch: the gradients of the model,
-    where they are, and a dict of floats, which is returned."""
-    if processes() == 1:
-        return values
-    parameters = list(model.parameters())
-    for p in parameters:  # a process whose share does not need it has none
-        p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-    gradients = [p.grad for p in parameters]
-    numbers = torch.tensor(list(values.values()), device=gradients[0].device)
-    flat = torch.cat([x.flatten() for x in (*gradients, numbers)])
-    dist.all_reduce(flat)
-    *sums, numbers = flat.split([x.numel() for x in (*gradients, numbers)])
-    for gradient, total in zip(gradients, sums):
-        gradient.copy_(total.view(gradient.shape))
-    return dict(zip(values, numbers.tolist()))
-
-
-def in_any_process(flag):
-    """Is the flag set in this process or another?"""
-    if processes() == 1:
-        return flag
-    flag = torch.tensor(float(flag), device="cuda" if dist.get_backend() == "nccl" else "cpu")
-    dist.all_reduce(flag)
-    return flag.item() > 0
-
-
-# ------------------------------------------------------------------------------ messages
-
-
-def progress(remaining, title, done, total):
-    """A progress bar around the remaining items."""
-    interval = 0.5 if sys.stderr.isatty() else 60  # seconds; few lines when stderr is a file
-    return tqdm(
-        remaining, title, initial=done, total=total, mininterval=interval, disable=process() > 0
-    )
-
-
-def say(text):
-    """A line on stderr, above a progress bar if there is one."""
-    if process() == 0:
-        tqdm.write(text, file=sys.stderr)
-
-
-def memory_gib():
-    """Peak memory so far: of the GPU where there is one, else of this process."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**30
+def read_state(path: Path) -> dict:
+    """What `Run.save` wrote, its tokenizer rebuilt. Raises UserError for anything else."""
+    kinds = {"stage": str, "record": dict, "step": int, "gan_start": int, "easy_start": int,
+             "logged": int, "sums": dict, "tokenizer": (dict, type(None)), "models": dict,
+             "optimizers": dict}
+    state = load_checkpoint(path, *kinds)
     try:
-        import resource
-    except ImportError:  # Windows
-        return 0.0
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (2**30 if sys.platform == "darwin" else 2**20)  # bytes on macOS, else kiB
+        wrong = [name for name, kind in kinds.items() if not isinstance(state[name], kind)]
+        wrong += [name for name, total in state["sums"].items() if not math.isfinite(total)]
+        if wrong or not 0 <= state["logged"] <= state["step"]:
+            raise ValueError(", ".join(map(str, wrong)) or "step")
+        if state["tokenizer"] is not None:
+            state["tokenizer"] = Tokenizer.from_state_dict(state["tokenizer"])
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path} is damaged ({error}): choose another --out") from error
+    return state
+
+
+def restore(state, models, optimizers, path):
+    """Fills models and optimizers with what read_state(path) returned. Raises UserError."""
+    try:
+        for kind, own in {"models": models, "optimizers": optimizers}.items():
+            if state[kind].keys() != own.keys():
+                raise ValueError(f"{kind} {', '.join(map(str, state[kind]))}")
+        for name, model in models.items():
+            check_weights(state["models"][name], model.state_dict())
+            model.load_state_dict(state["models"][name])
+        for name, optimizer in optimizers.items():
+            # Checked one by one, because a fused step reads whatever lies in memory.
+            parameters = [p for group in optimizer.param_groups for p in group["params"]]
+            keys = ["momentum"] if name == "muon" else ["step", "exp_avg", "exp_avg_sq"]
+            for i, values in state["optimizers"][name].items():
+                like = {key: torch.zeros(()) if key == "step" else parameters[i] for key in keys}
+                check_weights(values, like)
+            groups = optimizer.state_dict()["param_groups"]
+            optimizer.load_state_dict(
+                {"state": state["optimizers"][name], "param_groups": groups}
+            )
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise UserError(f"{path} does not fit the preset as it is now ({error}): restore its "
+                        "settings, or choose another --out") from error
+
+
+def read_log(path: Path) -> list[dict]:
+    """The lines of log.jsonl as dicts, those that are not damaged."""
+    lines, known = path.read_bytes().splitlines() if path.is_file() else [], []
+    for line in lines:
+        with contextlib.suppress(AttributeError, KeyError, RecursionError, ValueError):
+            values = json.loads(line)
+            numbers = [value for name, value in values.items() if name != "stage"]
+            if values["stage"] in ("vae", "diffusion") and type(values["step"]) is int and all(
+                type(value) in (int, float) for value in numbers
+            ):
+                known.append(values)
+    if len(known) < len(lines):
+        say(f"{path}: {len(lines) - len(known)} damaged lines dropped")
+    return known
 
 
 # ------------------------------------------------------------------------------ presets
@@ -981,12 +933,8 @@ class Preset:
     diffusion_training: TrainConfig
 
 
-# Real frames: no folded pixels at the entrance, twice the depth, and a discriminator for the
-# texture that L1 and MSE blur away.
-UCF101_VAE = VAEConfig(patch=1, widths=(64, 128, 256, 256), blocks=2, groups=32)
-UCF101_VAE_LOSS = VAELossConfig(kl_weight=1e-5, gan_weight=0.5, gan_start=10_000)
-PRESETS = {
-    "shapes": Preset(
+PRESETS = {  # functions, so that one that contradicts itself stops nobody who takes another
+    "shapes": lambda: Preset(
         size=64,
         vae=VAEConfig(widths=(32, 64, 128)),
         # Mostly the squared error: the L1 term is soon about a background that is right already.
@@ -1000,10 +948,12 @@ PRESETS = {
             strides=((0.45, 4), (0.75, 2)), videos=12_000,
         ),
     ),
-    "ucf101": Preset(
+    "ucf101": lambda: Preset(
         size=128,
-        vae=UCF101_VAE,
-        vae_loss=UCF101_VAE_LOSS,
+        # Real frames: no folded pixels at the entrance, twice the depth, and a discriminator for
+        # the texture that L1 and MSE blur away.
+        vae=VAEConfig(patch=1, widths=(64, 128, 256, 256), blocks=2, groups=32),
+        vae_loss=VAELossConfig(kl_weight=1e-5, gan_weight=0.5, gan_start=10_000),
         vae_training=TrainConfig(steps=50_000, batch_size=32, lr=2e-4),
         text=TextEncoderConfig(vocab_size=2048, width=256, depth=4),
         unet=UNet3DConfig(  # 56 M parameters, most of them where the maps are small
@@ -1015,12 +965,10 @@ PRESETS = {
             steps=100_000, batch_size=32, lr=3e-4, optimizer="muon", ema=0.9999
         ),
     ),
-    "ucf101-256": Preset(
+    "ucf101-256": lambda: replace(
+        PRESETS["ucf101"](),
         size=256,
-        vae=UCF101_VAE,
-        vae_loss=UCF101_VAE_LOSS,
         vae_training=TrainConfig(steps=50_000, batch_size=16, lr=2e-4),
-        text=TextEncoderConfig(vocab_size=2048, width=256, depth=4),
         unet=UNet3DConfig(  # 145 M parameters
             latent_size=32, widths=(128, 256, 768), blocks=(2, 2, 5), attention=(False, True, True),
             text_width=256, embedding_width=768, groups=32,
@@ -1031,6 +979,7 @@ PRESETS = {
         ),
     ),
 }
+HELD_OUT = 256  # frames to measure the autoencoder with
 VGG_WEIGHT = 0.2  # of the distance of VGG16 features, where --vgg gives their weights
 CLIP_OPTIONS = ("split", "clip_seconds", "stride", "flip")  # of `VideoFolder`
 PROMPTS = (  # drawn into samples/ while training on shapes
@@ -1041,118 +990,119 @@ PROMPTS = (  # drawn into samples/ while training on shapes
 )
 
 
+@torch.no_grad()
+def check_preset(name, preset):
+    """Raises UserError where the parts of a preset do not fit together."""
+    try:
+        with warnings.catch_warnings(), torch.device("meta"):  # nothing is stored or computed
+            warnings.simplefilter("ignore")
+            vae, unet = AutoencoderKL(preset.vae), UNet3D(preset.unet)
+            TextEncoder(preset.text)
+            latents = vae.encode(torch.zeros(2, 3, preset.size, preset.size)).mean
+            side = preset.unet.latent_size
+            if latents.shape[1:] != (preset.unet.channels, side, side):
+                raise ValueError(f"frames of {preset.size} pixels become latents "
+                                 f"{tuple(latents.shape[1:])}, and the UNet takes "
+                                 f"{(preset.unet.channels, side, side)}")
+            x, context = latents.movedim(0, 1)[None], torch.zeros(1, 2, preset.text.width)
+            unet(x, torch.zeros(1).long(), context, context[..., 0] > 0, torch.ones(1))
+    except Exception as error:  # as many kinds as there are wrong numbers
+        raise UserError(f"the parts of --preset {name} do not fit together: {error}") from error
+
+
 # ------------------------------------------------------------------------------ command line
 
 
-def options(**values):
+def options(**values) -> str:
     """The command-line options that set these values; none for what is not set."""
-    words = []
+    line = []
     for name, value in values.items():
         if value is not None and value is not False:
-            words.append(f"--{name.replace('_', '-')}")
-            words += [] if value is True else [shlex.quote(str(value))]
-    return " ".join(words)
+            line.append(f"--{name.replace('_', '-')}")
+            line += [] if value is True else [shlex.quote(str(value))]
+    return " ".join(line)
 
 
-def next_command(stage, args):
+def next_command(stage: str, args: argparse.Namespace) -> str:
     """The command line that runs a stage with the same data, preset and folder."""
     same = {name: getattr(args, name) for name in ("data", *CLIP_OPTIONS, "preset", "out")}
     return f"python train.py {stage} {options(**same)}"
 
 
-def parse_args(argv=None):
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stage", choices=["vae", "diffusion"], help="which half to train")
-    parser.add_argument(
-        "--data", default="shapes", metavar="shapes|FOLDER", type=os.path.normpath,
-        help="the built-in captioned clips, or a folder of videos (%(default)s)",
-    )
-    parser.add_argument("--out", required=True, help="the run folder, for example runs/shapes")
-    parser.add_argument(
-        "--preset", default="shapes", choices=PRESETS, help="model sizes and settings (%(default)s)"
-    )
-    parser.add_argument(
-        "--init", metavar="CHECKPOINT",
-        help="start from trained weights: a vae.pt, or a model.pt to fine-tune",
-    )
-    parser.add_argument("--resume", action="store_true", help="go on where the run stopped")
-    parser.add_argument(
-        "--tensorboard", action="store_true",
-        help="also write the log for TensorBoard, if that package is installed",
-    )
-    parser.add_argument(
-        "--vgg", metavar="FILE",
-        help="torchvision's vgg16-397923af.pth: the VAE also compares VGG features",
-    )
+    option = parser.add_argument
+    option("stage", choices=["vae", "diffusion"], help="which half to train")
+    option("--data", default="shapes", metavar="shapes|FOLDER",
+           help="the built-in captioned clips, or a folder of videos (%(default)s)")
+    option("--out", required=True, help="the run folder, for example runs/shapes")
+    option("--preset", default="shapes", choices=PRESETS,
+           help="model sizes and settings (%(default)s)")
+    option("--init", metavar="CHECKPOINT",
+           help="start from trained weights: a vae.pt, or a model.pt to fine-tune")
+    option("--resume", action="store_true", help="go on where the run stopped")
+    option("--tensorboard", action="store_true",
+           help="also write the log for TensorBoard, if that package is installed")
+    option("--vgg", metavar="FILE",
+           help="torchvision's vgg16-397923af.pth: the VAE also compares VGG features")
+    option("--seed", type=number(int, 0, 2**31), default=0, help="(%(default)s)")
+    option("--device", default="auto", choices=DEVICES)
     group = parser.add_argument_group("clips of a folder of videos")
     group.add_argument("--split", help="an official list of UCF-101, train01 to test03")
-    window = group.add_mutually_exclusive_group()
-    window.add_argument(
-        "--clip-seconds", type=number(float, 0.01, 1e6), metavar="S",
-        help="a clip covers a window of S seconds, from a random place (the whole video)",
-    )
-    window.add_argument(
-        "--stride", type=number(int, 1, 10**6), metavar="N",
-        help="a clip is every N-th frame, from a random place",
-    )
-    group.add_argument(
-        "--flip", action="store_true", help="mirror half of the clips (left and right get lost)"
-    )
-    group = parser.add_argument_group("instead of the preset's values")
-    group.add_argument("--steps", type=number(int, 1, 10**9), help="training steps in total")
-    group.add_argument("--batch-size", type=number(int, 1, 10**6))
-    group.add_argument("--lr", type=number(float, 0, 1), help="peak learning rate")
-    group.add_argument("--videos", type=number(int, 1, 10**9), help="size of the procedural data")
-    group.add_argument(
-        "--ema", type=number(float, 0, 1), metavar="DECAY",
-        help="decay of the averaged weights that are sampled from; 0 takes the last ones",
-    )
-    group.add_argument(
-        "--easy-start", type=number(int, 0, 10**9), metavar="STEPS",
-        help="easier questions in the first steps; 0 to refine a trained model",
-    )
-    group.add_argument(
-        "--image-fraction", type=number(float, 0, 1), metavar="P",
-        help="learn from the frames of this share of clips as single pictures with the caption",
-    )
+    group.add_argument("--flip", action="store_true",
+                       help="mirror half of the clips (left and right get lost)")
+    option = group.add_mutually_exclusive_group().add_argument
+    option("--clip-seconds", type=number(float, 0.01, 1e6), metavar="S",
+           help="a clip covers a window of S seconds, from a random place (the whole video)")
+    option("--stride", type=number(int, 1, 10**6), metavar="N",
+           help="a clip is every N-th frame, from a random place")
+    option = parser.add_argument_group("instead of the preset's values").add_argument
+    option("--steps", type=number(int, 1, 10**9), help="training steps in total")
+    option("--batch-size", type=number(int, 1, 10**6))
+    option("--lr", type=number(float, 0, 1), help="peak learning rate")
+    option("--videos", type=number(int, 1, 10**9), help="size of the procedural data")
+    option("--ema", type=number(float, 0, 1), metavar="DECAY",
+           help="decay of the averaged weights that are sampled from; 0 takes the last ones")
+    option("--easy-start", type=number(int, 0, 10**9), metavar="STEPS",
+           help="easier questions in the first steps; 0 to refine a trained model")
+    option("--image-fraction", type=number(float, 0, 1), metavar="P",
+           help="learn from the frames of this share of clips as single pictures with the caption")
     add_memory_options(parser.add_argument_group("memory and speed"))
-    parser.add_argument("--seed", type=number(int, 0, 2**31), default=0, help="(%(default)s)")
-    parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
     return parser.parse_args(argv)
 
 
 def add_memory_options(group):
     """The options that trade memory and time, and leave what is learned as it is."""
-    group.add_argument(
-        "--grad-accum", type=number(int, 1, 10**6), default=1, metavar="N",
-        help="go through each batch in N parts and add up their gradients: the same result in less "
-             "memory (%(default)s)",
-    )
-    group.add_argument(
-        "--grad-checkpoint", action="store_true",
-        help="compute what is inside a block again on the way back, instead of keeping it: the "
-             "same gradients in less memory and more time",
-    )
-    group.add_argument(
-        "--precision", choices=["bf16", "fp32"],
-        help="number format of matrix products in training (bf16 where the hardware has them)",
-    )
-    group.add_argument(
-        "--compile", action="store_true", help="translate the model with torch.compile (CUDA)"
-    )
+    option = group.add_argument
+    option("--grad-accum", type=number(int, 1, 10**6), default=1, metavar="N",
+           help="go through each batch in N parts and add up their gradients: the same result in "
+                "less memory (%(default)s)")
+    option("--grad-checkpoint", action="store_true",
+           help="compute what is inside a block again on the way back, instead of keeping it: the "
+                "same gradients in less memory and more time")
+    option("--precision", choices=["bf16", "fp32"],
+           help="number format of matrix products (bf16 where the hardware has them)")
+    option("--compile", action="store_true", help="translate the model with torch.compile (CUDA)")
 
 
-def configure(args):
-    """The preset with the command line's values in place of its own. In a shorter or longer run the
-    discriminator joins in after the same share of the steps."""
-    preset = PRESETS[args.preset]
-    field = f"{args.stage}_training"
+def configure(args: argparse.Namespace) -> Preset:
+    """The preset with the command line's values in place of its own. What begins or ends at a step
+    does so after the same share of a shorter or longer run. Raises UserError."""
     names = ("steps", "batch_size", "lr", "videos", "ema", "easy_start", "image_fraction")
     values = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-    if args.stage == "vae" and args.steps is not None:
-        start = preset.vae_loss.gan_start * args.steps // preset.vae_training.steps
-        preset = replace(preset, vae_loss=replace(preset.vae_loss, gan_start=start))
-    return replace(preset, **{field: replace(getattr(preset, field), **values)})
+    try:
+        preset = PRESETS[args.preset]()
+    except ValueError as error:
+        raise UserError(f"--preset {args.preset} contradicts itself: {error}") from error
+    field = f"{args.stage}_training"
+    training = getattr(preset, field)
+    starts = training.easy_start, preset.vae_loss.gan_start
+    easy, gan = (start * (args.steps or training.steps) // training.steps for start in starts)
+    preset = replace(preset, **{field: replace(training, **{"easy_start": easy} | values)})
+    if args.stage == "vae":
+        preset = replace(preset, vae_loss=replace(preset.vae_loss, gan_start=gan))
+    check_preset(args.preset, preset)
+    return preset
 
 
 def check(args, batch_size, device):
@@ -1166,9 +1116,9 @@ def check(args, batch_size, device):
         raise UserError("--compile is for CUDA GPUs: leave it out")
     if args.tensorboard and importlib.util.find_spec("tensorboard") is None:
         raise UserError("--tensorboard needs that package: pip install tensorboard")
-    if args.grad_accum * processes() > batch_size:
-        raise UserError(f"a batch of {batch_size} cannot be divided into "
-                        f"{args.grad_accum * processes()} parts: choose a larger --batch-size")
+    if (count := args.grad_accum * processes()) > batch_size:
+        raise UserError(f"a batch of {batch_size} cannot be divided into {count} parts: choose a "
+                        "larger --batch-size")
     if processes() > 1 and args.stage == "vae":
         raise UserError("the autoencoder trains in one process: leave out torchrun")
 
@@ -1189,7 +1139,8 @@ def main():
     check(args, getattr(preset, f"{args.stage}_training").batch_size, device)
     stage = {"vae": train_vae, "diffusion": train_diffusion}[args.stage]
     try:
-        stage(args, preset, device)
+        with locked(args.out) if process() == 0 else contextlib.nullcontext():
+            stage(args, preset, device)
     except (MemoryError, RuntimeError) as error:
         if not out_of_memory(error):
             raise

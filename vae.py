@@ -364,7 +364,8 @@ class VAELoss(nn.Module):
             weight = adaptive_weight(loss, terms["gan"], last_layer)
             loss = loss + config.gan_weight * weight * terms["gan"]
         loss = loss + config.kl_weight * terms["kl"]
-        return loss, {name: term.item() for name, term in terms.items()}
+        values = torch.stack([term.detach() for term in terms.values()]).tolist()  # waits once
+        return loss, dict(zip(terms, values))
 
     def discriminator_loss(self, x: Tensor, x_hat: Tensor) -> Tensor:
         """Hinge loss (Lim & Ye 2017): push real logits above 1 and fake ones below -1."""

@@ -154,7 +154,7 @@ def encode(vae: nn.Module, clips: np.ndarray, device: torch.device) -> Tensor:
 
 def train_arm(arm: dict, steps: int, seed: int, captions, latents, vae, device) -> Pipeline:
     """A small model, trained as train.py does it, and differently where the arm says so."""
-    preset = train.PRESETS["shapes"]
+    preset = train.PRESETS["shapes"]()
     # So short a run stays easy to its end, or the words would stay unread.
     config = replace(
         preset.diffusion_training, steps=steps, easy_start=steps * 4 // 3, batch_size=8, ema=0.99

@@ -61,13 +61,14 @@ def shares(videos, fps):
 def train_small(checkpoint, steps, folder, out, clips):
     """A pipeline with a small UNet, trained on the videos of a folder. checkpoint: its autoencoder;
     out: run folder; clips: options of train.py."""
-    shapes = train.PRESETS["shapes"]
+    shapes = train.PRESETS["shapes"]()
     training = replace(  # so short a run is easy to its end, or the words would stay unread
         shapes.diffusion_training, steps=steps, easy_start=steps * 4 // 3, batch_size=8, ema=0.99,
         save_every=steps,
     )
     unet = replace(shapes.unet, widths=(32, 64), blocks=(1, 2))
-    train.PRESETS["small"] = replace(shapes, unet=unet, diffusion_training=training)
+    small = replace(shapes, unet=unet, diffusion_training=training)
+    train.PRESETS["small"] = lambda: small
     save_atomically({"vae": load_checkpoint(checkpoint, "vae")["vae"]}, out / "vae.pt")
     args = train.parse_args(
         ["diffusion", "--data", str(folder), "--preset", "small", "--out", str(out), *clips]

@@ -34,8 +34,8 @@ import train
 from diffusion import NoiseSchedule
 from sample import Pipeline
 from text_encoder import TextEncoder, Tokenizer, attention_weights
-from tools import DEVICES, Parser, autocast, number, pick_device, print_row, product_dtype
-from tools import run_command
+from tools import DEVICES, Parser, autocast, memory_gib, number, pick_device, print_row
+from tools import product_dtype, run_command
 from unet3d import UNet3D
 from vae import AutoencoderKL
 
@@ -108,7 +108,7 @@ class Step:
     """
 
     def __init__(self, args, device, clips=64):
-        preset = train.PRESETS[args.preset]
+        preset = train.PRESETS[args.preset]()
         self.args, self.device, config = args, device, preset.diffusion_training
         self.config = replace(config, batch_size=args.batch_size or config.batch_size)
         models = {"text_encoder": TextEncoder(preset.text), "unet": UNet3D(preset.unet)}
@@ -172,14 +172,14 @@ def step(args):
         preset=args.preset, device=device.type, precision=str(dtype), clips=run.config.batch_size,
         parameters=count_parameters(run.model), first_ms=1e3 * first, step_ms=1e3 * total, **phases,
         **kernels_of(run), clips_per_second=run.config.batch_size / total, gflop=work / 1e9,
-        gflops=work / total / 1e9, of_peak=work / total / peak, gib=train.memory_gib(),
+        gflops=work / total / 1e9, of_peak=work / total / peak, gib=memory_gib(),
     )
 
 
 def sample(args):
     """Seconds from a sentence to its video, with random weights: the first time, again, and for
     several at once."""
-    device, preset = pick_device(args.device), train.PRESETS[args.preset]
+    device, preset = pick_device(args.device), train.PRESETS[args.preset]()
     pipeline = Pipeline(
         Tokenizer.train([PROMPT] * 2), TextEncoder(preset.text).eval(), UNet3D(preset.unet).eval(),
         AutoencoderKL(preset.vae).eval(), NoiseSchedule(preset.diffusion), device,
@@ -294,7 +294,7 @@ class Contender:
     def __init__(self, name, model, predict, args, config, device):
         self.name, self.predict, self.device, self.args = name, predict, device, args
         self.model = model.to(device).train()
-        training = replace(train.PRESETS[args.preset].diffusion_training, optimizer="adamw")
+        training = replace(train.PRESETS[args.preset]().diffusion_training, optimizer="adamw")
         self.optimizer = train.make_optimizers(model, training)["adamw"]
         self.batch = unet_inputs(config, args.batch_size or training.batch_size, device)
         self.pair = unet_inputs(config, 2, device)
@@ -320,7 +320,7 @@ def peers(args):
     """Training and sampling steps of a preset's UNet, and of other people's with as many parameters
     where their packages are installed: the same batch, latents, words and number format, all with
     AdamW, one step of each in turn."""
-    device, config = pick_device(args.device, args.precision), train.PRESETS[args.preset].unet
+    device, config = pick_device(args.device, args.precision), train.PRESETS[args.preset]().unet
     unet = UNet3D(config)
     train.economize(args, unet)
     contenders = [Contender("UNet3D", unet, unet, args, config, device)]

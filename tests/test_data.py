@@ -1,6 +1,17 @@
 """Video files come out as they went in; a folder of videos gives the right frames with the right
 captions, whatever lies in it."""
 
+import errno
+import io
+import json
+import os
+import re
+import resource
+import shutil
+import signal
+import struct
+import subprocess
+import sys
 import threading
 import time
 from fractions import Fraction
@@ -11,6 +22,7 @@ import imageio.v3 as iio
 import numpy as np
 import pytest
 import torch
+from av.video.reformatter import Interpolation
 from PIL import Image
 
 import data
@@ -89,14 +101,21 @@ def test_gif_keeps_still_frames(tmp_path):
     assert sum(durations) == 1000
 
 
-@pytest.mark.parametrize("fps", [8.0, 7.3])
-def test_mp4_is_readable(tmp_path, clip, fps):
-    write_video(tmp_path / "a.mp4", clip[:, :63], fps, upscale=3)  # 189 rows: one has to go
-    video = iio.imread(tmp_path / "a.mp4", plugin="pyav")
-    assert video.shape == (10, 188, 192, 3)
-    expected = clip[:, :63].repeat(3, 1).repeat(3, 2)[:, :188]
-    assert np.abs(video.astype(int) - expected).mean() < 5
-    assert iio.immeta(tmp_path / "a.mp4", plugin="pyav")["fps"] == pytest.approx(fps, rel=1e-3)
+@pytest.mark.parametrize("name, fps", [("a.mp4", 8.0), ("a.MP4", 7.3)])
+def test_mp4_is_readable_and_says_which_colours_it_has(tmp_path, clip, name, fps):
+    write_video(tmp_path / name, clip[:, :63], fps, upscale=3)  # 189 rows: one has to go
+    with av.open(str(tmp_path / name)) as container:
+        frames = list(container.decode(video=0))
+        assert container.streams.video[0].average_rate == pytest.approx(fps, rel=1e-3)
+    assert {(f.colorspace, f.color_primaries, f.color_trc, f.color_range) for f in frames} == {
+        (1, 1, 1, 1)  # BT.709, from 16 to 235
+    }
+    video = np.stack([f.to_ndarray(format="rgb24", src_colorspace="ITU709") for f in frames])
+    expected = clip[:, :63].repeat(3, 1).repeat(3, 2)[:, :188].astype(int)
+    assert video.shape == expected.shape == (10, 188, 192, 3)
+    assert np.abs(video - expected).mean() < 3
+    video, _ = read_frames(tmp_path / name, every, None)
+    assert np.abs((video - expected).mean((0, 1, 2))).max() < 1  # compression takes a part of it
 
 
 def test_unknown_suffix_is_refused(tmp_path, clip):
@@ -105,21 +124,47 @@ def test_unknown_suffix_is_refused(tmp_path, clip):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("suffix, writer", [
-    (".gif", "_write_gif"), (".mp4", "_write_mp4"), (".png", "_write_sheet"),
-])  # fmt: skip
-def test_a_failed_write_leaves_nothing_behind(tmp_path, clip, monkeypatch, suffix, writer):
-    def fail(path, *_):
-        path.write_bytes(b"half a file")
-        raise OSError("no space left on device")
-
-    monkeypatch.setattr(data, writer, fail)
-    old = tmp_path / f"old{suffix}"
+@pytest.mark.parametrize("suffix", [".gif", ".mp4", ".png"])
+def test_a_full_disk_leaves_nothing_behind(tmp_path, suffix):
+    """At any size: also where only the last few bytes find no place."""
+    video = np.random.default_rng(0).integers(0, 256, (3, 32, 32, 3), np.uint8)
+    old, new = tmp_path / f"old{suffix}", tmp_path / f"new{suffix}"
+    write_video(new, video)
+    size = new.stat().st_size
+    new.unlink()
     old.write_bytes(b"precious")
-    for path in (tmp_path / f"new{suffix}", old):
-        with pytest.raises(OSError, match="no space"):
-            write_video(path, clip)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for limit in (10, size // 2, size - 500, size - 1):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limits[1]))
+        try:
+            for path in (new, old):
+                with pytest.raises(OSError) as error:
+                    write_video(path, video)
+                assert error.value.strerror
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert list(tmp_path.iterdir()) == [old] and old.read_bytes() == b"precious"
+
+
+def test_an_interrupt_leaves_a_whole_file_or_none(tmp_path):
+    video = np.random.default_rng(0).integers(0, 256, (20, 64, 64, 3), np.uint8)
+    start = time.perf_counter()
+    write_video(tmp_path / "a.mp4", video)
+    seconds = time.perf_counter() - start
+    for share in np.linspace(0.02, 0.9, 10):
+        (tmp_path / "a.mp4").unlink(missing_ok=True)
+        signal.setitimer(signal.ITIMER_REAL, seconds * share)
+        old = signal.signal(signal.SIGALRM, signal.default_int_handler)
+        try:
+            write_video(tmp_path / "a.mp4", video)
+            signal.pause()  # the clock was slow: nothing has been lost
+        except KeyboardInterrupt:
+            pass
+        finally:
+            signal.signal(signal.SIGALRM, old)
+        assert [path.name for path in tmp_path.iterdir()] in ([], ["a.mp4"])
+        if (tmp_path / "a.mp4").exists():
+            assert len(read_frames(tmp_path / "a.mp4", every, None)[0]) == 20
 
 
 def test_folders_are_made_and_files_replaced(tmp_path, clip):
@@ -149,8 +194,9 @@ def which(video):
     return means.round().astype(int).tolist()
 
 
-def write(path, video, fps=25, gop=7, codec=None, b_frames=0):
-    """A video file of any kind, or a folder of frames."""
+def write(path, video, fps=25, gop=7, codec=None, b_frames=0, pixels=None, options=None, **rest):
+    """A video file of any kind, or a folder of frames. pixels: their width by their height; rest:
+    options of the container."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if not path.suffix:
         path.mkdir()
@@ -159,13 +205,19 @@ def write(path, video, fps=25, gop=7, codec=None, b_frames=0):
         return
     if path.suffix == ".gif":
         return write_video(path, video, fps)
-    with av.open(str(path), "w") as container:
-        codec = codec or {".webm": "libvpx"}.get(path.suffix, "mpeg4")
+    if path.suffix == ".webp":
+        pictures = [Image.fromarray(frame) for frame in video]
+        return pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=40)
+    with av.open(str(path), "w", options=rest) as container:
+        codec = codec or {".webm": "libvpx", ".wmv": "wmv2"}.get(path.suffix, "mpeg4")
         stream = container.add_stream(codec, rate=Fraction(fps))
         stream.height, stream.width = video.shape[1:3]
         stream.pix_fmt, stream.bit_rate = "yuv420p", 2_000_000
         stream.codec_context.gop_size = gop
         stream.codec_context.max_b_frames = b_frames
+        stream.options = options or {}
+        if pixels:
+            stream.codec_context.sample_aspect_ratio = pixels
         for frame in video:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame))))
         container.mux(stream.encode())
@@ -188,18 +240,303 @@ def test_a_clip_covers_the_whole_action_in_every_format(tmp_path, name):
         dataset[1]
 
 
-@pytest.mark.parametrize("name, codec, gop, b_frames", [
-    ("a.mp4", "libx264", 1, 0), ("a.mp4", "libx264", 6, 2), ("a.mkv", "libx264", 100, 3),
-    ("a.avi", "mpeg4", 6, 0), ("a.mov", "mpeg4", 5, 2),
+def numbered(count=40, height=32, width=64):
+    """Frames that show their number as eight bars, black or white, above a pattern that moves."""
+    y, x = np.mgrid[:height, :width]
+    video = np.stack([np.sin((x + 3 * i) / 5) + np.cos((y - 2 * i) / 7) for i in range(count)])
+    video = np.repeat((video * 50 + 128).astype(np.uint8)[..., None], 3, -1)
+    for i in range(count):
+        for bit in range(8):
+            video[i, :12, bit * 8 : bit * 8 + 8] = 235 if i >> bit & 1 else 20
+    return video
+
+
+def numbers(video):
+    """The inverse of `numbered`."""
+    bars = video[:, 2:10, :64].mean((1, 3)).reshape(len(video), 8, 8).mean(-1) > 128
+    return (bars << np.arange(8)).sum(1).tolist()
+
+
+def whole(path):
+    """All frames of a file, decoded from the start to the end: a list of av.VideoFrame."""
+    with av.open(str(path)) as container:
+        found = []
+        for packet in container.demux(container.streams.video[0]):
+            if packet.size or packet.dts is None:
+                found += packet.decode()
+        return found
+
+
+def check_frames(path, picks, frames=None):
+    """`read_frames` gives just the frames of a decode of the whole file, for many picks."""
+    frames = frames or whole(path)
+    method = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
+    pictures = {}
+    for index in picks:
+        index = [i for i in index if i < len(frames)] or [0]
+        video, times = read_frames(path, lambda times: index, None)
+        assert len(times) == len(index) and (np.diff(times) > 0).all()
+        for i, frame in zip(index, video):
+            if i not in pictures:
+                picture = frames[i].reformat(format="rgb24", interpolation=method)
+                pictures[i] = picture.to_ndarray()
+            assert np.array_equal(frame, pictures[i]), (path.name, index, i)
+
+
+PICKS = [range(40), range(1, 40, 2), range(4, 40, 5), range(9, 40, 11), [17, 18], [30, 39], [39]]
+
+
+@pytest.mark.parametrize("b_frames", [0, 1, 2, 3])
+@pytest.mark.parametrize("suffix", ["avi", "mp4", "mkv", "ts", "mpg"])
+def test_frame_n_is_the_nth_of_a_decode_from_the_start(tmp_path, suffix, b_frames):
+    for codec in ("libx264", "mpeg4", "mpeg2video"):
+        path = tmp_path / f"{codec}.{suffix}"
+        write(path, numbered(), codec=codec, gop=9, b_frames=b_frames)
+        video, times = read_frames(path, every, None)
+        assert numbers(video) == list(range(40))
+        assert times == pytest.approx(np.arange(40) / 25, abs=2e-3)
+        check_frames(path, PICKS)
+
+
+def remux(source, target, start):
+    """Copies a video from a key frame on, without encoding it again."""
+    with av.open(str(source)) as old, av.open(str(target), "w") as new:
+        stream = old.streams.video[0]
+        copy = new.add_stream_from_template(stream)
+        old.seek(int(start / stream.time_base), stream=stream)
+        for packet in old.demux(stream):
+            if packet.dts is not None or packet.pts is not None:
+                packet.stream = copy
+                new.mux(packet)
+
+
+def mjpeg_avi(path, chunks):
+    """An AVI of JPEG pictures at 10 frames a second; None is an empty chunk, as webcams write it
+    where nothing has changed."""
+    def chunk(name, content):
+        return name + struct.pack("<I", len(content)) + content + b"\0" * (len(content) % 2)
+
+    height, width = next(c for c in chunks if c is not None).shape[:2]
+    movie = index = b""
+    for picture in chunks:
+        content = io.BytesIO()
+        if picture is not None:
+            Image.fromarray(picture).save(content, "JPEG", quality=95)
+        content = content.getvalue()
+        index += b"00dc" + struct.pack("<3I", 16 * bool(content), len(movie) + 4, len(content))
+        movie += chunk(b"00dc", content)
+    count = len(chunks)
+    stream = b"vidsMJPG" + struct.pack("<I2H8I4h", 0, 0, 0, 0, 1, 10, 0, count, 0, 2**32 - 1, 0, 0,
+                                       0, width, height)  # fmt: skip
+    picture = struct.pack("<Iii2H6I", 40, width, height, 1, 24, 0x47504A4D, 0, 0, 0, 0, 0)
+    head = struct.pack("<14I", 100_000, 0, 0, 16, count, 0, 1, 0, width, height, 0, 0, 0, 0)
+    streams = chunk(b"LIST", b"strl" + chunk(b"strh", stream) + chunk(b"strf", picture))
+    body = chunk(b"LIST", b"hdrl" + chunk(b"avih", head) + streams)
+    body += chunk(b"LIST", b"movi" + movie) + chunk(b"idx1", index)
+    path.write_bytes(chunk(b"RIFF", b"AVI " + body))
+
+
+def late(path, suffix):
+    write(path.with_suffix(".mkv"), numbered(), codec="libx264", b_frames=3, options={
+        "x264-params": "open-gop=1:keyint=10:min-keyint=10:scenecut=0"
+    })
+    remux(path.with_suffix(".mkv"), path.with_suffix(suffix), 0.9)
+
+
+def headless(path, suffix):
+    write(path.with_suffix(suffix), numbered(), codec="mpeg2video", gop=9, b_frames=2)
+    content = path.with_suffix(suffix).read_bytes()
+    start = len(content) // 3
+    path.with_suffix(suffix).write_bytes(content[start - start % 188 :])
+
+
+def longer_sound(path, suffix):
+    with av.open(str(path.with_suffix(suffix)), "w") as container:
+        video, audio = container.add_stream("mpeg4", rate=25), container.add_stream("aac", 16000)
+        video.width, video.height, video.pix_fmt = 64, 32, "yuv420p"
+        for frame in numbered():
+            container.mux(video.encode(av.VideoFrame.from_ndarray(frame)))
+        container.mux(video.encode())
+        for _ in range(120):  # 7.7 seconds
+            sound = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), "fltp", "mono")
+            sound.sample_rate = 16000
+            container.mux(audio.encode(sound))
+        container.mux(audio.encode())
+
+
+ODD = {
+    "intra refresh": (".mp4", lambda path, suffix: write(
+        path.with_suffix(suffix), numbered(), codec="libx264",
+        options={"x264-params": "intra-refresh=1:keyint=12"})),
+    "hidden frames": (".webm", lambda path, suffix: write(
+        path.with_suffix(suffix), numbered(), gop=20,
+        options={"auto-alt-ref": "1", "lag-in-frames": "16"})),
+    "fragments": (".mp4", lambda path, suffix: write(
+        path.with_suffix(suffix), numbered(), codec="libx264", b_frames=2,
+        movflags="frag_keyframe+empty_moov")),
+    "empty chunks": (".avi", lambda path, suffix: mjpeg_avi(
+        path.with_suffix(suffix), [f if i % 3 == 0 else None for i, f in enumerate(numbered(60))]
+        + [None] * 40)),
+    "empty at first": (".avi", lambda path, suffix: mjpeg_avi(
+        path.with_suffix(suffix), [None, None, *numbered(20)])),
+    "late mkv": (".mkv", lambda path, suffix: late(path.with_name("late"), ".mkv") or late(
+        path.with_name("other"), ".mp4")),
+    "late mp4": (".mp4", late),
+    "headless ts": (".ts", headless),
+    "headless mpg": (".mpg", headless),
+    "longer sound": (".mkv", longer_sound),
+    "longer sound too": (".avi", longer_sound),
+    "wmv": (".wmv", lambda path, suffix: write(path.with_suffix(suffix), numbered())),
+    "flv": (".flv", lambda path, suffix: write(
+        path.with_suffix(suffix), numbered(), codec="libx264", b_frames=2)),
+    "ts that is named mp4": (".mp4", lambda path, suffix: write(
+        path.with_suffix(".ts"), numbered(), codec="libx264", gop=10, b_frames=2
+    ) or path.with_suffix(".ts").rename(path.with_suffix(suffix))),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ODD)
+def test_odd_files_are_read_whole(tmp_path, kind):
+    suffix, make = ODD[kind]
+    make(tmp_path / "odd", suffix)
+    paths = [path for path in tmp_path.iterdir() if path.suffix == suffix]
+    assert paths
+    for path in paths:
+        seen, frames = [], whole(path)
+        read_frames(path, lambda times: seen.append(len(times)) or [0, len(times) - 1], None)
+        assert seen[-1] == len(frames) >= 12
+        check_frames(path, PICKS, frames)
+
+
+def test_empty_chunks_of_an_avi_take_time(tmp_path):
+    mjpeg_avi(tmp_path / "a.avi", [f if i % 3 == 0 else None for i, f in enumerate(numbered(30))])
+    video, times = read_frames(tmp_path / "a.avi", every, None)
+    assert numbers(video) == list(range(0, 30, 3)) and times == pytest.approx(np.arange(10) * 0.3)
+
+
+def test_changed_parts_of_a_gif_or_webp_are_put_together(tmp_path):
+    rng, frames = np.random.default_rng(0), [np.zeros((40, 60, 3), np.uint8)]
+    for _ in range(19):
+        y, x = rng.integers(0, 32), rng.integers(0, 52)
+        frames.append(frames[-1].copy())
+        frames[-1][y : y + 8, x : x + 8] = rng.integers(0, 256, 3)
+    pictures = [Image.fromarray(frame) for frame in frames]
+    for name, options in (("a.gif", {}), ("a.webp", {"lossless": True})):
+        pictures[0].save(tmp_path / name, save_all=True, append_images=pictures[1:], duration=100,
+                         **options)
+        for index in (range(20), [3, 11, 19], [19]):
+            video, times = read_frames(tmp_path / name, lambda times: index, None)
+            assert times == pytest.approx(np.array(index) / 10)
+            error = np.abs(video.astype(int) - np.stack(frames)[index])
+            assert error.max() < 9  # a GIF has few colours
+    assert {name for name, _ in VideoFolder(tmp_path).items} == {"a.gif", "a.webp"}
+
+
+@pytest.mark.parametrize("size", [24, 32, 64, 96, 100, 128, 200])
+def test_scaled_frames_are_as_bright_as_they_were(tmp_path, size):
+    y, x = np.mgrid[:120, :160]
+    video = np.stack([128 + 60 * np.sin(x / 9 + k) * np.cos(y / 7 - k) for k in range(3)], -1)
+    write(tmp_path / "a.mp4", video[None].round().astype(np.uint8), codec="libx264",
+          options={"crf": "1"})
+    full = read_frames(tmp_path / "a.mp4", every, None)[0][0]
+    small = read_frames(tmp_path / "a.mp4", every, size)[0][0]
+    width = round(160 * size / 120)
+    scaled = np.stack([np.asarray(Image.fromarray(full[..., k].astype(np.float32)).resize(
+        (width, size), Image.Resampling.BICUBIC)) for k in range(3)], -1)  # fmt: skip
+    left = round((width - size) / 2)
+    assert np.abs((small - scaled[:, left : left + size]).mean((0, 1))).max() < 0.2
+
+
+def corners(frame):
+    """Which colour each corner has, row by row."""
+    height, width = frame.shape[:2]
+    names = {(1, 0, 0): "red", (0, 1, 0): "green", (0, 0, 1): "blue", (1, 1, 1): "white"}
+    points = [frame[y, x] for y in (4, height - 5) for x in (4, width - 5)]
+    return " ".join(names[tuple((point > 128).astype(int))] for point in points)
+
+
+def colourful(height=32, width=48):
+    frame = np.zeros((height, width, 3), np.uint8)
+    frame[: height // 2, : width // 2, 0] = 255
+    frame[: height // 2, width // 2 :, 1] = 255
+    frame[height // 2 :, : width // 2, 2] = 255
+    frame[height // 2 :, width // 2 :] = 255
+    return frame
+
+
+@pytest.mark.skipif(not hasattr(av.VideoStream, "set_display_matrix"), reason="needs PyAV 18")
+@pytest.mark.parametrize("matrix, expected", [
+    ((1, 0, 0, 1), "red green blue white"), ((-1, 0, 0, 1), "green red white blue"),
+    ((1, 0, 0, -1), "blue white red green"), ((-1, 0, 0, -1), "white blue green red"),
+    ((0, 1, -1, 0), "blue red white green"), ((0, -1, 1, 0), "green white red blue"),
+    ((0, 1, 1, 0), "red blue green white"), ((0, -1, -1, 0), "white green blue red"),
 ])  # fmt: skip
-def test_any_frames_are_found_between_key_frames(tmp_path, name, codec, gop, b_frames):
-    write(tmp_path / name, greys(), codec=codec, gop=gop, b_frames=b_frames)
-    rng = np.random.default_rng(0)
-    for count in (1, 2, 5, 31):
-        picked = np.sort(rng.choice(31, count, replace=False))
-        video, times = read_frames(tmp_path / name, lambda times: picked, 16)
-        assert which(video) == picked.tolist()
-        assert times == pytest.approx(picked / 25, abs=2e-3)
+def test_the_display_matrix_turns_and_mirrors(tmp_path, matrix, expected):
+    a, b, c, d = (65536 * n for n in matrix)
+    with av.open(str(tmp_path / "a.mp4"), "w") as container:
+        stream = container.add_stream("mpeg4", rate=25)
+        stream.width, stream.height, stream.pix_fmt = 48, 32, "yuv420p"
+        stream.set_display_matrix([a, b, 0, c, d, 0, 0, 0, 1 << 30])
+        for _ in range(2):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(colourful())))
+        container.mux(stream.encode())
+    frame = read_frames(tmp_path / "a.mp4", lambda times: [0], None)[0][0]
+    assert frame.shape[:2] == ((32, 48) if a else (48, 32)) and corners(frame) == expected
+    assert corners(read_frames(tmp_path / "a.mp4", lambda times: [0], (20, 36))[0][0]) == expected
+
+
+@pytest.mark.parametrize("pixels", [Fraction(1, 2), Fraction(2), Fraction(64, 45)])
+def test_pixels_need_not_be_square(tmp_path, pixels):
+    y, x = np.mgrid[:96, : round(96 / pixels)]
+    disc = ((x * float(pixels) - 48) ** 2 + (y - 48) ** 2 < 1600) * np.uint8(255)
+    disc = disc[:, : disc.shape[1] // 2 * 2]
+    write(tmp_path / "a.mp4", np.repeat(disc[None, ..., None], 3, -1), pixels=pixels)
+    for size in (None, 64):
+        frame = read_frames(tmp_path / "a.mp4", lambda times: [0], size)[0][0]
+        wide, high = ((frame[..., 0] > 128).any(axis).sum() for axis in (0, 1))
+        assert abs(wide - high) <= 2 and abs(high - 80 * len(frame) / 96) <= 2
+
+
+def test_the_best_video_stream_is_read(tmp_path):
+    """Not a thumbnail, be it the first and the larger one, nor a small preview."""
+    with av.open(str(tmp_path / "a.mkv"), "w") as container:
+        streams = []
+        for codec, width, height in (("mjpeg", 96, 96), ("mpeg4", 32, 16), ("mpeg4", 64, 32)):
+            stream = container.add_stream(codec, rate=25)
+            stream.width, stream.height = width, height
+            stream.pix_fmt = "yuvj420p" if codec == "mjpeg" else "yuv420p"
+            streams.append(stream)
+        for i, frame in enumerate(numbered(12)):
+            for stream in streams[i > 0 :]:
+                picture = np.asarray(Image.fromarray(frame).resize((stream.width, stream.height)))
+                picture = av.VideoFrame.from_ndarray(picture)
+                picture.pts = i
+                container.mux(stream.encode(picture))
+        for stream in streams:
+            container.mux(stream.encode())
+    assert numbers(read_frames(tmp_path / "a.mkv", every, None)[0]) == list(range(12))
+
+
+def test_clips_of_any_shape_are_cut_out(tmp_path):
+    write(tmp_path / "a.mp4", striped())
+    for size in ((96, 32), (20, 60), (40, 40)):
+        clip = VideoFolder(tmp_path, frames=3, size=size)[0].video
+        assert clip.shape == (3, size[1], size[0], 3)
+        middle = clip[:, :, size[0] // 2 - 2 : size[0] // 2 + 2].mean((0, 1, 2))
+        assert middle[1] > 230 and middle[0] < 25 and middle[2] < 25
+
+
+def test_a_size_that_changes_on_the_way(tmp_path):
+    for name, (height, width) in (("1.ts", (32, 64)), ("2.ts", (64, 128))):
+        write(tmp_path / name, np.repeat(greys(16, height, width), 1, 0), codec="mpeg2video")
+    both = (tmp_path / "1.ts").read_bytes() + (tmp_path / "2.ts").read_bytes()
+    (tmp_path / "1.ts").write_bytes(both)
+    frames = whole(tmp_path / "1.ts")
+    assert {frame.height for frame in frames} == {32, 64}
+    video, _ = read_frames(tmp_path / "1.ts", every, 16)
+    assert video.shape == (len(frames), 16, 16, 3) and len(frames) > 28
+    grey = [frame.to_ndarray(format="rgb24").mean() for frame in frames]
+    assert np.abs(video.mean((1, 2, 3)) - grey).max() < 3
 
 
 def test_only_the_wanted_frames_are_converted(tmp_path, monkeypatch):
@@ -336,8 +673,14 @@ BAD = {
     "short.avi": (lambda path: write(path, greys(3)), "too short: 3 "),
     "picture/0.png": (lambda path: path.write_text("not a picture"), "too short|identify"),
 }
-for suffix in ("avi", "mkv", "mp4", "mov", "webm"):
-    BAD[f"cut.{suffix}"] = (lambda path: (write(path, noise()), cut(path, 0.5)), "truncated|nvalid")
+for suffix in ("avi", "mkv", "mp4", "mov", "webm", "webp"):
+    for share in (0.05, 0.5, 0.99):
+        BAD[f"cut {share}.{suffix}"] = (
+            lambda path, share=share: (write(path, noise()), cut(path, share)),
+            "truncated|nvalid|decoder|identify",
+        )
+BAD["front.mp4"] = (lambda path: (write(path, noise(), movflags="faststart"), cut(path, 0.9)),
+                    "truncated")  # fmt: skip
 BAD["damaged.avi"] = (lambda path: (write(path, noise()), damage(path)), "truncated|damaged|nvalid")
 
 
@@ -359,26 +702,108 @@ def test_an_unusable_video_is_skipped_with_the_reason(tmp_path, name):
     assert skipped == name.split("/")[0] and len(why.splitlines()) == 1
     with pytest.raises(VideoError, match=reason):
         dataset[bad]
-    with pytest.raises(VideoError, match=reason):
-        dataset.random_frames(bad, np.random.default_rng(0), 2)
+    if not name.startswith("damaged"):  # of which some frames are whole
+        with pytest.raises(VideoError, match=reason):
+            dataset.random_frames(bad, np.random.default_rng(0), 2)
 
 
 def test_frames_that_make_no_video(tmp_path, monkeypatch):
     """A folder without any, which only a caption file can name; some of another size, where no size
-    is asked for; one too large for Pillow to open."""
+    is asked for; one that is too large."""
     clip = tmp_path / "clip"
     clip.mkdir()
     (tmp_path / "captions.csv").write_text("file,caption\nclip,nothing\n")
-    with pytest.raises(DataError, match="none of the 1 videos .* a folder without pictures"):
-        VideoFolder(tmp_path, frames=4, size=16)[0]
+    with pytest.raises(VideoError, match="a folder without pictures"):
+        VideoFolder(tmp_path, frames=4, size=16).random_frames(0, np.random.default_rng(0), 2)
     for i in range(4):
         Image.new("RGB", (16, 16 + 16 * (i == 3))).save(clip / f"{i}.png")
     assert read_frames(clip, every, 16)[0].shape == (4, 16, 16, 3)
     with pytest.raises(VideoError, match="same shape"):
         read_frames(clip, every, None)
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
-    with pytest.raises(VideoError, match="exceeds limit"):
-        read_frames(clip, every, 16)
+    monkeypatch.setattr(data, "MAX_PIXELS", 300)
+    with pytest.raises(VideoError, match="16 x 32 pixels are too many"):
+        read_frames(clip, every, 4)
+
+
+def bomb_gif(path):
+    """A canvas of 60,000 x 60,000 pixels in a few bytes."""
+    write_video(path, np.zeros((2, 8, 8, 3), np.uint8))
+    content = bytearray(path.read_bytes())
+    content[6:10] = struct.pack("<2H", 60_000, 60_000)
+    path.write_bytes(content)
+
+
+def postscript(path):
+    trace = path.with_name("trace")
+    path.write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n"
+                    f"({trace}) (w) file closefile\nshowpage\n%%EOF\n")
+
+
+def concatenation(path):
+    write(path.with_name(".good.mp4"), greys())
+    path.write_text("ffconcat version 1.0\nfile .good.mp4\n")
+
+
+def playlist(path):
+    write(path.with_name(".good.ts"), greys())
+    path.write_text("#EXTM3U\n#EXT-X-TARGETDURATION:9\n#EXTINF:2,\n.good.ts\n#EXT-X-ENDLIST\n")
+
+
+UNSAFE = {
+    "narrow.png": (lambda path: Image.new("L", (1, 10**6)).save(path), "too narrow"),
+    "large.png": (lambda path: Image.new("1", (12_000, 12_000)).save(path), "too many"),
+    "bomb.gif": (bomb_gif, "nvalid|too many"),
+    "script.png": (postscript, "cannot identify"),
+    "list.mp4": (concatenation, "nvalid"),
+    "concat.avi": (concatenation, "nvalid"),
+    "hls.mkv": (playlist, "nvalid"),
+    "pipe.png": (os.mkfifo, "not a file"),
+    "pipe.mp4": (os.mkfifo, "not a file"),
+    "pipe.webp": (os.mkfifo, "not a file"),
+    "device.mp4": (lambda path: path.symlink_to("/dev/zero"), "not a file"),
+}
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+@pytest.mark.parametrize("name", UNSAFE)
+def test_what_a_file_holds_is_neither_run_nor_followed_nor_blown_up(tmp_path, name):
+    make, reason = UNSAFE[name]
+    make(tmp_path / name)
+    before = sorted(tmp_path.iterdir())
+    readers = [lambda: read_frames(tmp_path / name, every, 16),
+               lambda: read_frames(tmp_path / name, every, None)]  # fmt: skip
+    if Path(name).suffix in data.IMAGES:
+        (tmp_path / "clip").mkdir()
+        (tmp_path / name).rename(tmp_path / "clip" / name)
+        readers = [lambda: read_frames(tmp_path / "clip", every, 16),
+                   lambda: read_image(tmp_path / "clip" / name, 16)]  # fmt: skip
+        before = [tmp_path / "clip"]
+        if name == "narrow.png":
+            readers.pop()  # its middle is one pixel
+    for reader in readers:
+        with pytest.raises(VideoError, match=reason) as error:
+            reader()
+        assert len(str(error.value).splitlines()) == 1 and not error.value.passing
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_an_error_of_the_disk_may_pass(tmp_path, monkeypatch):
+    for name in "ab":
+        write(tmp_path / f"{name}.mp4", greys())
+    (tmp_path / "c.mp4").write_text("broken")
+    dataset, is_open = VideoFolder(tmp_path, frames=4, size=16), av.open
+
+    def failing(path, *args, **kwargs):
+        if path.endswith("a.mp4"):
+            raise OSError(errno.EIO, "Input/output error")
+        return is_open(path, *args, **kwargs)
+
+    monkeypatch.setattr(av, "open", failing)
+    samples = dict(read_ahead(dataset, range(3)))
+    assert samples[0] is samples[2] is None and samples[1] is not None
+    assert set(dataset.skipped) == {"a.mp4", "c.mp4"} and dataset.passing == {"a.mp4"}
+    monkeypatch.undo()
+    assert which(dataset[0].video) == [0, 10, 20, 30]
 
 
 def test_nothing_left_is_an_error(tmp_path):
@@ -389,7 +814,7 @@ def test_nothing_left_is_an_error(tmp_path):
         list(read_ahead(dataset, range(3)))
     assert set(dataset.skipped) == {"text.avi", "empty.mp4", "one.gif"}
     with pytest.raises(DataError):  # and stays one
-        dataset.random_frames(1, np.random.default_rng(0), 2)
+        dataset[1]
 
 
 # ------------------------------------------------------------------------------ captions
@@ -401,18 +826,216 @@ def touch(folder, *names):
         (folder / name).touch()
 
 
-def test_class_folders_become_sentences(tmp_path):
-    touch(tmp_path, "ApplyEyeMakeup/v_ApplyEyeMakeup_g01_c01.avi", "YoYo/b.avi", "YoYo/a.avi",
-          "RidingAUnicycle/a.MP4", "wave_one-hand/deep/er/a.mov", "wave_one-hand/notes.pdf")
-    items, source = find_captions(tmp_path)
-    assert dict(items) == {
+def fill(folder, files):
+    """Makes files: {name: what is in them}, empty ones for None."""
+    for name, content in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        content = content if isinstance(content, bytes) else (content or "").encode()
+        (folder / name).write_bytes(content)
+
+
+DOG, CAT = "a dog runs", "a cat sleeps"
+PAIR = {"a.mp4": DOG, "b.mp4": CAT}
+BELOW = {f"train/{name}": caption for name, caption in PAIR.items()}
+VIDEO_PAIR = {f"videos/{name}": caption for name, caption in PAIR.items()}
+CSV = f"file,caption\na.mp4,{DOG}\nb.mp4,{CAT}\n"
+JSON = [{"path": "a.mp4", "cap": [DOG]}, {"path": "b.mp4", "cap": [CAT]}]
+LAYOUTS = {
+    "captions.csv": (PAIR, {"captions.csv": "\ufeff" + CSV}),
+    "any name, any capitals": (PAIR, {"My Clips.CSV": CSV.replace("file,cap", "File Name,Cap")}),
+    "semicolons": (PAIR, {"metadata.csv": CSV.replace(",", ";")}),
+    "tabs": (PAIR, {"train.tsv": CSV.replace(",", "\t")}),
+    "tabs in a csv": (PAIR, {"train.csv": CSV.replace(",", "\t")}),
+    "UTF-16": (PAIR, {"captions.csv": CSV.encode("utf-16")}),
+    "Windows": (PAIR, {"dataset.csv": CSV.replace("\n", "\r\n").encode()}),
+    "quotes": (PAIR | {"a.mp4": "one, two"}, {
+        "captions.csv": f'file,caption\na.mp4, "one, two"\n\nb.mp4,"{CAT}"\n'}),
+    "a caption in two lines": (PAIR, {
+        "captions.csv": f'file,caption\na.mp4,"a dog\nruns"\nb.mp4,{CAT}\n'}),
+    "more columns": (PAIR, {"metadata.csv": "id,text,fps,video_path\n" + "".join(
+        f"{i},{c},25,{v}\n" for i, (v, c) in enumerate(PAIR.items()))}),
+    "Hugging Face": (BELOW, {"train/metadata.csv": CSV.replace("file,caption", "file_name,text")}),
+    "Hugging Face, jsonl": (BELOW, {"train/metadata.jsonl": "".join(
+        json.dumps({"file_name": v, "text": c}) + "\n\n" for v, c in PAIR.items())}),
+    "two tables": (PAIR | {"train/c.mp4": DOG}, {
+        "captions.csv": CSV, "train/captions.csv": f"file,caption\nc.mp4,{DOG}\n"}),
+    "twice the same": (PAIR, {"captions.csv": CSV, "a.txt": DOG + "\n", "b.TXT": CAT}),
+    "paths from the folder": (BELOW, {"train/captions.csv": CSV.replace("\n", "\ntrain/", 2)}),
+    "paths of Windows": (BELOW, {"captions.csv": CSV.replace("\n", "\ntrain\\", 2)}),
+    "paths to elsewhere": ({"../far.mp4": DOG}, {"captions.csv": f"file,text\n../far.mp4,{DOG}\n"}),
+    "json, rows": (PAIR, {"videos2caption.json": json.dumps(JSON)}),
+    "json, names": (PAIR, {"captions.json": json.dumps(PAIR)}),
+    "json, rows by name": (PAIR, {
+        "x.json": json.dumps({v: {"prompt": c} for v, c in PAIR.items()})}),
+    "several in a list": ({"a.mp4": [DOG, "it barks"]}, {
+        "a.jsonl": json.dumps({"media_path": "a.mp4", "caption": [DOG, "it barks", DOG]})}),
+    "several rows": ({"a.mp4": [DOG, "it barks"]}, {
+        "captions.csv": f"file,caption\na.mp4,{DOG}\na.mp4,it barks\n"}),
+    "finetrainers": (VIDEO_PAIR, {
+        "prompts.txt": f"{DOG}\n{CAT}\n", "videos.txt": "videos/a.mp4\nvideos/b.mp4\n"}),
+    "CogVideoX": (VIDEO_PAIR, {"labels/a.txt": DOG, "labels/b.txt": CAT}),
+    "captions beside videos": (
+        {f"x/videos/1/{name}": caption for name, caption in PAIR.items()},
+        {"x/captions/1/a.txt": DOG, "x/captions/1/b.txt": CAT}),
+    "a .txt for each": ({"Archery/a.b.mp4": ["one", "two"], "c.webm": "drei", "frames": "four"}, {
+        "Archery/a.b.txt": "one\n\n two\n", "c.TXT": "\ufeff drei ", "frames.txt": "four",
+        "frames/1.jpg": None}),
+    "one .txt for two videos": ({"a.avi": "one", "a.mp4": "one"}, {"a.txt": "one"}),
+    "name.mp4.txt": (PAIR, {"a.mp4.txt": DOG, "b.mp4.txt": CAT}),
+    "classes": ({
         "ApplyEyeMakeup/v_ApplyEyeMakeup_g01_c01.avi": "a person applies eye makeup",
-        "YoYo/a.avi": "a person plays with a yo-yo",
-        "YoYo/b.avi": "a person plays with a yo-yo",
-        "RidingAUnicycle/a.MP4": "riding a unicycle",
-        "wave_one-hand/deep/er/a.mov": "er",
-    }
-    assert items == sorted(items) and "folders" in source
+        "YoYo/a.avi": "a person plays with a yo-yo", "RidingAUnicycle/a.MP4": "riding a unicycle",
+        "wave_one-hand/deep/er/a.mov": "er", "train/running/1.mp4": "running",
+        "sleeping/test/2.mpg": "sleeping"}, {"wave_one-hand/notes.pdf": None}),
+    "flat UCF-101": ({"v_YoYo_g01_c02.avi": "a person plays with a yo-yo",
+                      "x/v_HandStandPushups_g01_c02.avi":
+                      "a person does push-ups in a handstand"}, {}),
+    "names of files": ({
+        "a_dog runs-Fast.mp4": "a dog runs fast", "clip7": "clip7", "ein Hund läuft.gif":
+        "ein hund läuft", "videos/ride.ts": "ride"}, {
+        "clip7/0.png": None, "notes.txt": "Nothing.", ".hidden.mp4": None, ".cache/a.mp4": None,
+        "._a_dog runs-Fast.mp4": None, "samples.zip": None, "README.md": "a_dog runs-Fast.mp4: hm",
+        "durations.csv": "file,seconds\nclip7,3.5\n", "state.json": "{}"}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_captions_are_found_in_every_layout(tmp_path, layout):
+    expected, files = LAYOUTS[layout]
+    folder = tmp_path / "data"
+    touch(folder, *(name for name in expected if Path(name).suffix))
+    fill(folder, files)
+    items, source = find_captions(folder)
+    assert dict(items) == expected and len(items) == len(expected) and source
+    if not files or not any(Path(f).suffix.lower() in data.CAPTION_KINDS for f in files):
+        assert items == sorted(items)
+
+
+def test_captions_beside_the_folder_of_videos_are_found_from_there(tmp_path):
+    touch(tmp_path, "videos/a.mp4", "videos/deep/b.mp4")
+    fill(tmp_path, {"labels/a.txt": DOG, "labels/deep/b.txt": CAT})
+    assert find_captions(tmp_path / "videos")[0] == [("a.mp4", DOG), ("deep/b.mp4", CAT)]
+
+
+WRONG = {
+    "other columns": ({"captions.csv": "clip_id,words\na.mp4,hi\n"},
+        "captions.csv .* clip_id, words"),
+    "no header": ({"captions.csv": "a.mp4,hi\nb.mp4,ho\n"}, "its columns are a.mp4, hi"),
+    "no header, any name": ({"list.csv": "a.mp4,he runs\nb.mp4,ho\n"}, "list.csv looks like"),
+    "no caption": ({"captions.csv": "file,caption\na.mp4\n"}, "captions.csv, line 2: no caption"),
+    "empty": ({"captions.csv": "file,caption\na.mp4,hi\nz.mp4,  \n"}, "line 3: no caption"),
+    "number": ({"captions.csv": "file,caption\na.mp4,hi\nz.mp4,3.5\n"}, "line 3: no caption"),
+    "nan": ({"captions.csv": "file,caption\na.mp4,nan\n"}, "line 2: no caption"),
+    "no file": ({"captions.csv": "file,caption\n,hi\n"}, "line 2: no name"),
+    "comma": ({"captions.csv": "file,caption\na.mp4,one, two\n"}, "line 2 .*quotation marks"),
+    "only columns": ({"captions.csv": "file,caption\n"}, "captions.csv .* empty"),
+    "nothing": ({"captions.csv": ""}, "captions.csv .* empty"),
+    "not text": ({"captions.csv": b"file,caption\na.mp4,\xff\xfe\n"}, "captions.csv .* UTF-8"),
+    "none there": ({"captions.csv": "file,caption\nb.mp4,hi\nc.mp4,ho\n"},
+        "none of the 2 .* b.mp4"),
+    "open quote": ({"captions.csv": 'file,caption\na.mp4,"hi\nz.mp4,ho\n'}, "line 2: .* quotation"),
+    "open quotes": ({"captions.csv": 'file,caption\na.mp4,"hi\nz.mp4,"ho\n'},
+        "line 2: .* quotation"),
+    "two open quotes": ({"captions.csv": 'file,caption\na.mp4,"hi\nz.mp4,"\n'}, "quotation"),
+    "broken line": ({"a.jsonl": '{"file": "a.mp4", "caption": "hi"}\n{"file": \n'}, "line 2: "),
+    "no names": ({"a.json": '{"about": "he runs", "seconds": 3}'}, "a.json looks like captions"),
+    "a list": ({"captions.jsonl": '["a.mp4", "hi"]'}, "line 1 is no"),
+    "a number in json": ({"metadata.jsonl": '{"file_name": "a.mp4", "caption": 3}'},
+        "line 1: no cap"),
+    "no list": ({"captions.json": '[{"file": "a.mp4", "caption": []}]'}, "entry 1: no caption"),
+    "null": ({"captions.json": '[{"file": "a.mp4", "caption": null}]'}, "entry 1: no caption"),
+    "too deep": ({"captions.json": "[" * 100_000}, "recursion"),
+    "wrapped": ({"x.json": '{"database": {"a": {"subset": "x", "about": "he runs"}}}'},
+        "x.json looks"),
+    "unequal lists": ({"prompts.txt": "hi\n", "videos.txt": "a.mp4\nz.mp4\n"}, "1 lines, .* 2"),
+    "an empty line": ({"prompts.txt": "hi\n\nho\n", "videos.txt": "a.mp4\nz.mp4\na.mp4"}, "line 2"),
+    "one list": ({"prompts.txt": "hi\nho\n"}, "prompts.txt looks like captions"),
+    "one text": ({"a.txt": "hi"}, "1 of 2 videos .* such as z.mp4"),
+    "an empty text": ({"a.txt": "", "z.txt": "hi"}, "a.txt looks like captions .* empty"),
+    "a label": ({"a.txt": "hi", "z.txt": "hi\n0 0.5 0.25\n"}, "z.txt, line 2: no caption"),
+    "texts elsewhere": ({"texts/a.txt": "hi", "texts/z.txt": "ho"}, "texts/a.txt looks like"),
+    "json beside": ({"a.json": '{"duration": 3}', "z.json": "{}"}, "a.json looks like captions"),
+    "subtitles": ({"a.srt": "hi"}, "a.srt looks like captions"),
+    "parquet": ({"x.parquet": b"PAR1\0\xff"}, "x.parquet looks like captions"),
+    "spreadsheet": ({"clips.xlsx": b"PK\3\4"}, "clips.xlsx looks like captions"),
+    "a list of both": ({"list.txt": "a.mp4 a dog runs\nz.mp4 a cat\n"}, "list.txt looks like"),
+    "by stem": ({"list.txt": "a: a dog runs\nz: a cat\n"}, "list.txt looks like captions"),
+    "two versions": ({"captions.csv": "file,caption\na.mp4,hi\n", "a.txt": "ho"},
+        "different captions"),
+    "one unused": ({"captions.csv": "file,caption\na.mp4,hi\n", "annotations.json": "{}"},
+                   "annotations.json looks like"),
+    "hidden way out": ({"captions.csv": "file,caption\nx/../../far.mp4,hi\n"},
+        "none of the 1 files"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", WRONG)
+def test_captions_that_are_wrong_or_unused_are_refused(tmp_path, kind):
+    """In one line that names the file, and the line in it."""
+    files, message = WRONG[kind]
+    touch(tmp_path, "far.mp4", "data/a.mp4", "data/z.mp4", "data/x/readme.md")
+    fill(tmp_path / "data", files)
+    with pytest.raises(DataError, match=message) as error:
+        VideoFolder(tmp_path / "data")
+    assert "\n" not in str(error.value) and str(tmp_path) in str(error.value)
+
+
+def test_pipes_that_are_named_like_captions_are_not_opened(tmp_path):
+    touch(tmp_path, "a.mp4")
+    for name in ("captions.csv", "a.txt"):
+        os.mkfifo(tmp_path / name)
+        with pytest.raises(DataError, match=f"{name} looks like captions .* not a file"):
+            find_captions(tmp_path)
+        (tmp_path / name).unlink()
+
+
+def test_a_partial_download_gives_what_is_there(tmp_path):
+    touch(tmp_path, "a.mp4", "unnamed.mp4")
+    rows = "".join(f"{name}.mp4,number {name} moves\n" for name in "abcd")
+    fill(tmp_path, {"captions.csv": f"file,caption\n{rows}"})
+    dataset = VideoFolder(tmp_path)
+    assert dataset.items == [("a.mp4", "number a moves")]
+    assert set(dataset.skipped) == {"b.mp4", "c.mp4", "d.mp4"}
+    assert "captions.csv" in dataset.skipped["b.mp4"]
+    text = "\n".join(dataset.summary())
+    assert "1 videos without a caption are left out, such as unnamed.mp4" in text
+    assert "3 videos that captions name are not there, such as b.mp4" in text
+
+
+def test_one_of_several_captions_is_drawn_for_each_clip_and_epoch(tmp_path):
+    for name in "ab":
+        write(tmp_path / f"{name}.mp4", greys())
+        (tmp_path / f"{name}.txt").write_text(f"{name} one\n{name} two\n{name} three\n")
+    dataset = VideoFolder(tmp_path, frames=4, size=16)
+    assert dataset.captions(1) == ["b one", "b two", "b three"]
+    drawn = [[dataset.caption(i, epoch) for epoch in range(30)] for i in range(2)]
+    assert [set(captions) for captions in drawn] == [set(dataset.captions(i)) for i in range(2)]
+    assert [c[2:] for c in drawn[0]] != [c[2:] for c in drawn[1]]
+    assert drawn[1] == [VideoFolder(tmp_path).caption(1, epoch) for epoch in range(30)]
+    assert drawn[1] != [VideoFolder(tmp_path, seed=1).caption(1, epoch) for epoch in range(30)]
+    assert dataset[1].caption == dataset.caption(1) == drawn[1][0]
+
+
+@pytest.mark.parametrize("names, lines, warning", [
+    (["x/run/1.mp4", "x/run/2.mp4", "x/sleep/3.mp4", "notes.pdf", "b.zip"],
+     ["3 videos, 2 different captions", '2 x "run"', '1 x "sleep"', "2 other files .* b.zip"],
+     None),
+    (["videos/run/1.mp4", "videos/run/2.mp4"], ["2 videos, 1 different"],
+     "all captions are the same"),
+    (["clip_0001.mp4", "clip_0002.mp4", "clip_0003.mp4"], ["3 videos, 3 diff"],
+     "cannot be learned"),
+])  # fmt: skip
+def test_the_summary_tells_what_will_be_learned(tmp_path, names, lines, warning):
+    touch(tmp_path, *names)
+    text = VideoFolder(tmp_path).summary()
+    for line in lines:
+        assert any(re.match(line, found) for found in text), (line, text)
+    assert [re.search(warning or "-", t) is not None for t in text if t.startswith("warning")] == (
+        [True] if warning else []
+    )
+
+
+def test_names_and_words():
     assert data.words("ApplyEyeMakeup") == "apply eye makeup"
     assert data.words("_wave  one-hand ") == "wave one hand"
 
@@ -425,70 +1048,6 @@ def test_the_table_has_the_101_classes():
     if REAL.is_dir():
         lines = (REAL / "ucfTrainTestlist/classInd.txt").read_text().split()
         assert set(UCF101) == set(lines[1::2])
-
-
-def test_plain_files_are_captioned_by_their_names(tmp_path):
-    touch(tmp_path, "a_dog runs-Fast.mp4", "ein Hund läuft.gif", "clip7/0.png", "notes.txt",
-          ".hidden.mp4", ".cache/a.mp4", "._a_dog runs-Fast.mp4", "samples.zip")
-    assert find_captions(tmp_path)[0] == [
-        ("a_dog runs-Fast.mp4", "a dog runs fast"), ("clip7", "clip7"),
-        ("ein Hund läuft.gif", "ein hund läuft"),
-    ]
-
-
-def test_text_files_beside_the_videos(tmp_path):
-    touch(tmp_path, "Archery/a.b.mp4", "c.webm", "frames/1.jpg")
-    for name, text in (("Archery/a.b", "one\ntwo\n"), ("c", "\ufeff drei "), ("frames", "four")):
-        (tmp_path / f"{name}.txt").write_text(text, encoding="utf-8")
-    items, source = find_captions(tmp_path)
-    assert items == [("Archery/a.b.mp4", "one two"), ("c.webm", "drei"), ("frames", "four")]
-    assert source == ".txt files"
-
-
-def test_caption_files_come_first_in_their_order(tmp_path):
-    touch(tmp_path, "x/a.mp4", "b c.avi", "not named.mp4")
-    for name in ("x/a", "b c", "not named"):
-        (tmp_path / f"{name}.txt").write_text("from a text file")
-    found = []
-    files = {
-        "metadata.jsonl": '{"file_name": "b c.avi", "text": "hi"}\n\n',
-        "captions.jsonl": '{"file": "b c.avi", "caption": "hi"}\n{"file": "x/a.mp4", '
-                          '"caption": "hä?", "more": 1}',
-        "captions.csv": '\ufefffile,caption\nx/a.mp4,"one, two"\nb c.avi, three  four\n'
-                        "b c.avi,five\n",
-    }
-    for name, text in files.items():  # the later ones are preferred
-        (tmp_path / name).write_text(text, encoding="utf-8")
-        found.append(find_captions(tmp_path))
-    assert found == [
-        ([("b c.avi", "hi")], "metadata.jsonl"),
-        ([("b c.avi", "hi"), ("x/a.mp4", "hä?")], "captions.jsonl"),
-        ([("x/a.mp4", "one, two"), ("b c.avi", "three four"), ("b c.avi", "five")],
-         "captions.csv"),
-    ]
-
-
-@pytest.mark.parametrize("name, text, message", [
-    ("captions.csv", "path,caption\na.mp4,hi\n", "the columns are path, caption"),
-    ("captions.csv", "a.mp4,hi\nb.mp4,ho\n", "the columns are a.mp4, hi"),
-    ("captions.csv", "file,caption\na.mp4\n", "clip 1: no file and caption"),
-    ("captions.csv", "file,caption\na.mp4,  \n", "clip 1: no file and caption"),
-    ("captions.csv", "file,caption\na.mp4,one, two\n", "quotation marks"),
-    ("captions.csv", "file,caption\n", "names no videos"),
-    ("captions.csv", "", "names no videos"),
-    ("captions.csv", b"file,caption\na.mp4,\xff\xfe\n", "cannot be read"),
-    ("captions.csv", "file,caption\na.mp4,hi\nb.mp4,ho\nc.mp4,hm\n", "2 of 3 .* such as b.mp4"),
-    ("captions.jsonl", '{"file": "a.mp4", "caption": "hi"}\n{"file": \n', "after clip 1"),
-    ("captions.jsonl", '["a.mp4", "hi"]', "not of the form"),
-    ("metadata.jsonl", '{"file_name": "a.mp4", "caption": 3}', "no file and caption"),
-    ("a.txt", "hi", "1 of 2 videos .* such as z.mp4"),
-])  # fmt: skip
-def test_captions_that_are_wrong_are_refused(tmp_path, name, text, message):
-    touch(tmp_path, "a.mp4", "z.mp4")
-    (tmp_path / name).write_bytes(text if isinstance(text, bytes) else text.encode())
-    with pytest.raises(DataError, match=message) as error:
-        VideoFolder(tmp_path)
-    assert "\n" not in str(error.value)
 
 
 def test_folders_without_videos_are_refused(tmp_path):
@@ -574,6 +1133,9 @@ def test_the_identity_tells_files_and_settings_apart(tmp_path):
     seen |= {VideoFolder(tmp_path, **other).identity() for other in others}
     (tmp_path / "a.mp4").write_text("changed")
     seen.add(VideoFolder(tmp_path).identity())
+    moved = tmp_path.with_name("moved")
+    shutil.copytree(tmp_path, moved, symlinks=True, copy_function=shutil.copyfile)
+    assert VideoFolder(moved).identity() in seen  # what counts is what is in it
     (tmp_path / "b.mp4").rename(tmp_path / "d.mp4")
     seen.add(VideoFolder(tmp_path).identity())
     assert len(seen) == 8
@@ -606,6 +1168,23 @@ def test_prefetch_keeps_the_order_and_works_ahead():
         next(results)
 
 
+def test_a_read_that_hangs_does_not_keep_the_program(tmp_path):
+    script = tmp_path / "hang.py"
+    script.write_text("import sys, threading\nsys.path.insert(0, sys.argv[1])\n"
+                      "from data import prefetch\n"
+                      "def hang(i):\n    print(i, flush=True)\n    threading.Event().wait()\n"
+                      "next(prefetch(hang, range(9), 1))\n")
+    process = subprocess.Popen([sys.executable, script, Path(data.__file__).parent], text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    assert process.stdout.readline() == "0\n"
+    process.send_signal(signal.SIGINT)
+    try:
+        assert process.wait(timeout=60) != 0
+    finally:
+        process.kill()
+        process.stdout.close()
+
+
 # ------------------------------------------------------------------------------ real videos
 
 
@@ -623,6 +1202,20 @@ def test_the_rotation_of_phones_is_respected(degrees, turns):
     for frame, expected in zip(video, upright[:, top : top + side, left : left + side]):
         expected = np.asarray(Image.fromarray(np.ascontiguousarray(expected)).resize((64, 64)))
         assert np.abs(frame.astype(int) - expected).mean() < 6
+
+
+@needs_real
+@pytest.mark.parametrize("folder", ["containers", "weizmann", "UCF-101"])
+def test_real_frames_are_those_of_a_decode_of_the_whole_file(folder):
+    rng = np.random.default_rng(0)
+    for path in sorted(REAL.glob(f"{folder}/**/*.*")):
+        if path.suffix in data.VIDEOS and "_rot_" not in path.name:
+            frames = whole(path)
+            count = len(frames)
+            start = rng.integers(max(count - 16, 1))
+            run = range(start, min(start + 6, count))
+            spread = np.linspace(0, count - 1, 5).astype(int).tolist()
+            check_frames(path, [sorted({*spread, *run})], frames)
 
 
 @needs_real
@@ -679,3 +1272,29 @@ def test_the_middle_of_a_picture_is_taken(tmp_path):
     wide[:, :20, 30:70] = 100
     picture = read_image(write_png(wide, tmp_path / "x.png", exif=turned), 20)
     assert (picture[:, :10] == 200).all() and (picture[:, 10:] == 100).all()
+
+
+def test_pictures_keep_their_brightness_and_stand_upright(tmp_path):
+    """Also in a folder of frames, whatever kind they are of and whatever their names."""
+    values = np.arange(64, dtype=np.uint8).reshape(8, 8) * 4
+    grey = np.repeat(values[..., None], 3, -1)
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    clip = tmp_path / "clip"
+    clip.mkdir()
+    Image.fromarray(grey).save(clip / "1.tif")
+    Image.fromarray(values.astype(np.uint16) * 257).save(clip / "2².png")
+    Image.fromarray(values.astype(np.uint16) * 257).save(clip / "3.TIFF")
+    Image.fromarray(values / np.float32(255)).save(clip / "10.tiff")
+    Image.fromarray(np.rot90(grey).copy()).save(clip / "11.png", exif=turned)
+    Image.fromarray(values).save(clip / "12.bmp")
+    video, _ = read_frames(clip, every, None)
+    assert video.shape == (6, 8, 8, 3)
+    for frame in video:
+        assert np.array_equal(frame, grey)
+    assert np.array_equal(read_image(clip / "2².png", 8), grey)
+    for name, low, high in (("high.tiff", 0, 255), ("low.tiff", -1, 1), ("nan.tiff", np.nan, 1)):
+        values = np.linspace(low, high, 64, dtype=np.float32).reshape(8, 8)
+        Image.fromarray(values).save(tmp_path / name)
+        with pytest.raises(VideoError, match="do not lie between 0 and 1"):
+            read_image(tmp_path / name, 8)

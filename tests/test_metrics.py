@@ -593,12 +593,15 @@ def test_split_takes_the_real_videos_of_a_list(command, folder, tmp_path):
     assert status == 2 and "3 videos in" in line
 
 
-def test_captions_of_shapes(command):
+def test_captions_of_shapes_and_of_a_checkpoint(command, tiny_checkpoint):
     status, result = command("--fake", "shapes", "--metrics", "captions", "--num", 20)
     assert status == 0 and result["warnings"] == []
     assert set(result["captions"]) == {"seen", "held_out", "two_objects"}
     for values in result["captions"].values():
         assert values["n"] == 20 and values["all"] >= 0.95
+    status, result = command("--fake", tiny_checkpoint, "--num", 21, "--steps", 1)
+    assert status == 0 and result["protocol"]["captions_fps"] == FPS
+    assert [values["n"] for values in result["captions"].values()] == [21] * 3
 
 
 BOTH = ("--real", "shapes", "--fake", "shapes", "--num", 2)
@@ -634,6 +637,7 @@ def test_a_checkpoint_has_its_own_captions_frames_and_frame_rate(
     ((*BOTH, "--frames", 40), "lower --frames"),
     ((*BOTH, "--stride", 2), "--stride is for"),
     ((*BOTH, "--split", "test01"), "--split is for"),
+    ((*BOTH, "--fake", "FOLDER", "--split", "test01", "--frames", 9), "--split is for"),
     ((*BOTH, "--i3d", "missing.pt"), "python metrics.py --fetch-i3d"),
     ((*BOTH, "--fake", "missing.pt"), "no checkpoint at missing.pt"),
     ((*BOTH, "--fake", "VIDEO"), "is one video: give a folder"),

@@ -178,3 +178,32 @@ def test_a_field_that_cannot_be_is_named(name, value):
     with pytest.raises(ValueError, match=name) as error:
         read_config(Config, {name: value})
     assert len(printable(error.value)) < 120
+
+
+# ------------------------------------------------------------------------------ device
+
+
+@pytest.mark.parametrize("name, kind", [("cuda", "CUDA"), ("mps", "Apple")])
+def test_a_device_that_is_not_there_is_refused(name, kind):
+    with pytest.raises(tools.UserError, match=f"--device {name}: PyTorch sees no {kind} GPU here"):
+        tools.pick_device(name)
+
+
+@pytest.mark.parametrize("name", tools.DEVICES)
+@pytest.mark.parametrize("precision, wanted", [(None, None), ("bf16", True), ("fp32", False)])
+def test_every_device_can_be_asked_for(monkeypatch, request, name, precision, wanted):
+    for module in (torch.cuda, torch.backends.mps):
+        monkeypatch.setattr(module, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    settings = matmul.allow_tf32, cudnn.allow_tf32
+    request.addfinalizer(lambda: (setattr(matmul, "allow_tf32", settings[0]),
+                                  setattr(cudnn, "allow_tf32", settings[1])))
+    matmul.allow_tf32 = cudnn.allow_tf32 = True  # as PyTorch's advice for compiling has it
+    device = tools.pick_device(name, precision)
+    assert device.type == ("cuda" if name == "auto" else name)
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
+    assert matmul.allow_tf32 == cudnn.allow_tf32 == (precision != "fp32")
+    if device.type != "cuda":  # without CUDA there is no autocast for it
+        with tools.autocast(device, precision):
+            assert wanted in (None, torch.is_autocast_enabled(device.type))

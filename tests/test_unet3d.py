@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 import text_encoder
 import train
+from tools import autocast, pick_device
 from unet3d import (CrossAttention, SpatialAttention, TemporalAttention, UNet3D, UNet3DConfig,
                     places, record_attention, rotary, rotary_table, sinusoidal)
 
@@ -410,6 +411,20 @@ def test_half_precision(unet, cast, autocast):
     assert error < 0.1  # bfloat16 has 8 bits
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision, tolerance", [("fp32", 1e-3), ("bf16", 0.1)])
+def test_a_gpu_gives_the_same_numbers(unet, precision, tolerance):
+    inputs, found = make_inputs(given=True), []
+    for device in (torch.device("cpu"), pick_device("cuda", precision)):
+        model = copy.deepcopy(unet).requires_grad_(True).to(device)
+        with autocast(device, precision if device.type == "cuda" else "fp32"):
+            y = model(**{name: value.to(device) for name, value in inputs.items()})
+        y.float().square().sum().backward()
+        parts = y, *(p.grad for p in model.parameters())
+        found.append(torch.cat([part.detach().float().cpu().flatten() for part in parts]))
+    assert (found[1] - found[0]).norm() < tolerance * found[0].norm()
+
+
 @pytest.mark.parametrize("more", [[], ["--grad-checkpoint"]])
 def test_the_model_compiles_into_one_graph(more):
     """And the graph, with the checkpoints in it, has the same gradients."""
@@ -442,13 +457,13 @@ def on_paper(config):
 def test_presets_have_the_promised_size():
     from train import PRESETS
 
-    for name, preset in PRESETS.items():
-        unet = preset.unet
+    for name, make in PRESETS.items():
+        preset, unet = make(), make().unet
         assert unet.channels == preset.vae.latent_channels, name
         assert unet.latent_size * preset.vae.factor == preset.size, name
         assert unet.text_width == preset.text.width, name
     for name, low, high in (("ucf101", 40e6, 60e6), ("ucf101-256", 120e6, 180e6)):
-        size = sum(p.numel() for p in on_paper(PRESETS[name].unet).parameters())
+        size = sum(p.numel() for p in on_paper(PRESETS[name]().unet).parameters())
         assert low < size < high, name
 
 
@@ -456,8 +471,8 @@ def test_presets_can_be_trained():
     from train import PRESETS
 
     noise = 0.02 * torch.randn(2**24)  # weights are slices of it: 150 M draws would take seconds
-    for preset in PRESETS.values():
-        unet, weights = on_paper(preset.unet), {}
+    for make in PRESETS.values():
+        unet, weights = on_paper(make().unet), {}
         for name, p in unet.named_parameters():
             values = noise[: p.numel()].view(p.shape) if p.ndim > 1 else torch.ones(p.shape)
             weights[name] = values.detach().requires_grad_()
