@@ -267,7 +267,7 @@ def beginning(step: int, config: "TrainConfig") -> float:
     return max(0.0, 1 - step / config.easy_start) if config.easy_start else 0.0
 
 
-def frame_stride(step, config):
+def frame_stride(step: int, config: "TrainConfig") -> int:
     """N, where a step learns from every N-th frame of its clips. What words mean shows in four
     frames of an action as well as in sixteen, and in a quarter of the time. Such clips have a lower
     frame rate, as any clip of a longer action has."""
