@@ -10,12 +10,12 @@ arrays of shape (f, h, w, 3); `to_model` and `to_uint8` convert to and from floa
 
 import copy
 import csv
-import errno
 import functools
 import hashlib
 import io
 import itertools
 import json
+import math
 import os
 import re
 import struct
@@ -32,9 +32,10 @@ from queue import SimpleQueue
 import numpy as np
 import torch
 from einops import rearrange
-from PIL import Image, ImageOps
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+from torch import Tensor
 
-from tools import UserError, atomic_path
+from tools import UserError, atomic_path, reason
 
 FRAMES = 16  # of a clip
 FPS = 8.0  # frames per second, where nothing else is said
@@ -42,13 +43,13 @@ FPS = 8.0  # frames per second, where nothing else is said
 # ------------------------------------------------------------------------------ value ranges
 
 
-def to_model(video):
+def to_model(video: np.ndarray | Tensor) -> Tensor:
     """uint8 (b, f, h, w, 3) array or tensor -> float32 tensor (b, c, f, h, w) in [-1, 1]."""
     video = torch.as_tensor(video)
     return rearrange(video, "b f h w c -> b c f h w").float() / 127.5 - 1
 
 
-def to_uint8(video):
+def to_uint8(video: Tensor) -> np.ndarray:
     """Float tensor (b, c, f, h, w), clipped to [-1, 1] -> uint8 array (b, f, h, w, 3)."""
     video = (video.float().clamp(-1, 1) + 1) * 127.5
     return rearrange(video, "b c f h w -> b f h w c").round().to(torch.uint8).cpu().numpy()
@@ -63,6 +64,11 @@ class Sample:
     video: np.ndarray
     fps: float
     scene: list = None
+
+
+def sides(size: int | tuple) -> tuple[int, int]:
+    """(width, height) of frames whose size is that, or the side of a square."""
+    return (size, size) if isinstance(size, int) else tuple(size)
 
 
 # ------------------------------------------------------------------------------ writing videos
@@ -127,8 +133,8 @@ def _write_mp4(path, video, fps, upscale):
                 )))
             container.mux(stream.encode())
     except av.error.FFmpegError as error:
-        reason = error.strerror if isinstance(error, OSError) else "is the disk full?"
-        raise OSError(error.errno, reason) from error
+        why = error.strerror if isinstance(error, OSError) else "is the disk full?"
+        raise OSError(error.errno, why) from error
 
 
 def write_picture(path: Path, picture: np.ndarray):
@@ -142,6 +148,44 @@ def contact_sheet(video: np.ndarray, columns: int = 4, border: int = 2) -> np.nd
     pad = (-len(video)) % columns
     video = np.pad(video, ((0, pad), (border, border), (border, border), (0, 0)), constant_values=0)
     return rearrange(video, "(r q) h w c -> (r h) (q w) c", q=columns)
+
+
+def chart(
+    curves: dict, x_label: str, y_label: str, width: int = 560, height: int = 340
+) -> np.ndarray:
+    """Lines through points (x, y), x above 0 on a logarithmic scale and y from 0 up, as a picture:
+    uint8 (height, width, 3). curves: {name: points}, at most three."""
+    picture = Image.new("RGB", (width, height), "white")
+    draw, font = ImageDraw.Draw(picture), ImageFont.load_default(size=14)
+    left, right, top, bottom = 60, width - 90, 36, height - 50
+    xs, ys = ([point[i] for points in curves.values() for point in points] for i in (0, 1))
+    first, high, names = min(xs), max(ys) or 1, []
+    ratio = math.log(max(xs) / first) or 1
+
+    def place(x, y):
+        share = math.log(x / first) / ratio
+        return left + share * (right - left), bottom - y / high * (bottom - top)
+
+    for y in (0, high / 4, high / 2, high * 3 / 4, high):
+        draw.line([place(first, y), (right, place(first, y)[1])], (220, 220, 220))
+        draw.text((left - 8, place(first, y)[1]), f"{y:.2g}", "black", font, anchor="rm")
+    wanted = np.geomspace(first, max(xs), 5)
+    for x in {min(xs, key=lambda x: abs(math.log(x / near))) for near in wanted}:
+        draw.text((place(x, 0)[0], bottom + 8), str(x), "black", font, anchor="mt")
+    draw.text(((left + right) / 2, height - 8), x_label, "black", font, anchor="mb")
+    draw.text((left, 8), y_label, "black", font, anchor="lt")
+    colours = (230, 75, 60), (70, 140, 240), (60, 180, 90)
+    for (name, points), colour in zip(curves.items(), colours):
+        points = [place(*point) for point in points]
+        draw.line(points, colour, 3)
+        for x, y in points if len(points) < 20 else ():
+            draw.ellipse([x - 4, y - 4, x + 4, y + 4], colour)
+        names.append((points[-1][1], name, colour))  # at the ends of the lines
+    lowest = -math.inf
+    for y, name, colour in sorted(names):
+        lowest = max(lowest + 16, y)  # none on top of another
+        draw.text((right + 10, lowest), name, colour, font, anchor="lm")
+    return np.asarray(picture)
 
 
 def _write_sheet(path, video, fps, upscale):
@@ -171,11 +215,7 @@ warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # se
 
 
 class VideoError(ValueError):
-    """This video cannot be used; the message is the reason. passing: it may be readable later."""
-
-    def __init__(self, reason, passing=False):
-        super().__init__(reason)
-        self.passing = passing
+    """This video cannot be used; the message is the reason."""
 
 
 class DataError(UserError):
@@ -200,8 +240,8 @@ def read_frames(
     import av  # takes a while to import, and the built-in data does without
 
     broken = (av.error.FFmpegError, Image.DecompressionBombError, OSError, ValueError, EOFError,
-              SyntaxError, OverflowError, TypeError, struct.error)
-    size = (size, size) if isinstance(size, int) else size
+              SyntaxError, ArithmeticError, LookupError, TypeError, struct.error)
+    size = size and sides(size)
     read = _read_pictures if os.path.isdir(path) or _is_animation(path) else _read_file
     try:
         frames, times = read(path, pick, size, place)
@@ -209,14 +249,7 @@ def read_frames(
     except VideoError:
         raise
     except broken as error:
-        # What the operating system says, and not the file, may pass. ffmpeg's numbers are large.
-        passing = 0 < (getattr(error, "errno", None) or 0) < 200 and error.errno != errno.EINVAL
-        raise VideoError(_reason(error), passing) from error
-
-
-def _reason(error):
-    reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-    return reason.splitlines()[0][:80]
+        raise VideoError(reason(error)) from error
 
 
 def _cover(width, height, size, count=1):
@@ -294,7 +327,7 @@ def _is_animation(path):
         return False
     with open(path, "rb") as file:
         head = file.read(21)
-    return head[12:16] == b"VP8X" and head[20] & 2 > 0
+    return head[12:16] == b"VP8X" and len(head) == 21 and head[20] & 2 > 0
 
 
 def _read_file(path, pick, size, place):
@@ -337,29 +370,26 @@ def _read_file(path, pick, size, place):
 def _breaks_off(path):
     """Whether an AVI, MP4 or Matroska file ends before its pictures do, by the lengths of its
     outermost parts. What it says of its duration is no proof."""
-    total, end = os.path.getsize(path), 0
+    total, position = os.path.getsize(path), 0
     with open(path, "rb") as file:
-        while end < total and (head := file.read(16)):
-            unknown = 0  # a length that was never filled in
-            if head[:4] == b"RIFF":  # some programs count the first 8 bytes and some do not
-                length, unknown = int.from_bytes(head[4:8], "little"), 2**32 - 1
-                end += length + length % 2
+        while len(head := file.read(16)) == 16:
+            unknown, riff = 0, head[:4] == b"RIFF"
+            if riff:  # some programs count the first 8 bytes and some do not
+                size, length, unknown = 0, int.from_bytes(head[4:8], "little"), 2**32 - 1
             elif head[:4] in (b"\x1aE\xdf\xa3", b"\x18S\x80g"):  # EBML header, Segment
-                size = 9 - head[4].bit_length()  # of the length
-                unknown = 2 ** (7 * size) - 1
-                length = int.from_bytes(head[4 : 4 + size], "big") & unknown
-                end += 4 + size + length
+                size = 13 - head[4].bit_length()  # of what precedes
+                unknown = 2 ** (7 * (size - 4)) - 1
+                length = int.from_bytes(head[4:size], "big") & unknown
             elif head[4:8] in (b"ftyp", b"free", b"mdat", b"moof", b"moov", b"wide"):
-                length = int.from_bytes(head[:4], "big")
+                size, length = 0, int.from_bytes(head[:4], "big")
                 length = int.from_bytes(head[8:], "big") if length == 1 else length
-                end += length
             else:
                 return False
-            if length in (0, unknown):
-                return False
-            end += 8 * (head[:4] == b"RIFF" and end + 8 <= total)
-            file.seek(end)
-    return end > total
+            if length in (0, unknown) or position + size + length > total:
+                return length not in (0, unknown)
+            position += size + length + (8 + length % 2) * riff
+            file.seek(position)
+    return False
 
 
 class _Unexpected(ValueError):
@@ -408,7 +438,8 @@ class _Video:
             rising = (np.diff(self.times) > 0).all()
             # B-frames are shown in another order than they are stored in. Where the times do not
             # say so they are those of storing, as always in AVI.
-            avi, delayed = container.format.name == "avi", stream.codec_context.has_b_frames
+            delayed = stream.codec_context.has_b_frames
+            avi = delayed and container.format.name == "avi"
             stored = delayed and (np.diff(order) == 1).all()
             self.exact = bool(rising and not guessed.any() and not avi and not stored)
             self.keys = np.flatnonzero(keys[order]) if self.exact else np.array([], int)
@@ -416,13 +447,16 @@ class _Video:
             self.interval = 1 / float(stream.average_rate or FOLDER_FPS) / self.unit
             aspect = float(stream.sample_aspect_ratio or 1)
             self.aspect = aspect if abs(aspect - 1) > 0.02 else 1  # nearly square is square
-            if not rising or avi and delayed:
+            if not rising or avi:
                 self.times = np.arange(len(times)) * self.interval
 
     def open(self):
         import av
 
-        return av.open(self.path, options=FFMPEG)
+        try:
+            return av.open(self.path, options=FFMPEG)
+        except av.error.ArgumentError as error:
+            raise VideoError("there is no video of a known kind in it") from error
 
     def decode(self, key=None):
         """The frames in the order of display, from the start or from a key frame on."""
@@ -481,23 +515,24 @@ class _Video:
             self.times = found if rising else np.arange(len(found)) * self.interval
 
 
-def read_image(path: Path, size: int) -> np.ndarray:
-    """The middle of a picture file: uint8 (size, size, 3). Raises VideoError."""
+def read_image(path: Path, size: int | tuple) -> np.ndarray:
+    """The middle of a picture file, as from `middle_part`. Raises VideoError."""
     try:
         with _open_picture(path) as image:
-            return middle_square(np.asarray(_to_rgb(image)), size)
+            return middle_part(np.asarray(_to_rgb(image)), size)
     except VideoError:
         raise
     except Exception as error:  # damaged files fail in many ways
-        raise VideoError(_reason(error)) from error
+        raise VideoError(reason(error)) from error
 
 
-def middle_square(picture: np.ndarray, size: int) -> np.ndarray:
-    """The middle of a picture, as large as fits: uint8 (h, w, 3) -> (size, size, 3)."""
+def middle_part(picture: np.ndarray, size: int | tuple) -> np.ndarray:
+    """The middle of a picture, as large as fits, scaled: uint8 (h, w, 3). size: see `sides`."""
+    width, height = sides(size)
     # A frame that was enlarged for viewing becomes the very pixels that it was made of.
-    whole = min(picture.shape[:2]) % size == 0
+    whole = min(picture.shape[0] / height, picture.shape[1] / width) % 1 == 0
     method = Image.Resampling.BOX if whole else Image.Resampling.BICUBIC
-    return np.asarray(ImageOps.fit(Image.fromarray(picture), (size, size), method))
+    return np.asarray(ImageOps.fit(Image.fromarray(picture), (width, height), method))
 
 
 def prefetch(function: Callable, items: Iterable, workers: int | None = None) -> Iterator:
@@ -610,11 +645,11 @@ def _find(folder):
     texts, tables, reasons = _texts(videos, others), {}, {}
     for name in others:
         try:
-            if not (rows := list(_rows(folder, name, texts.get(name), others))):
+            if not (rows := list(_rows(folder, name, texts.get(name)))):
                 raise ValueError("it is empty")
             tables[name] = rows
         except (OSError, ValueError, RecursionError) as error:
-            reasons[name] = _reason(error)
+            reasons[name] = reason(error)
     # A list of captions that could be used has used the list of videos beside it.
     pairs = {os.path.dirname(name) for name in tables
              if os.path.basename(name).lower() in CAPTION_LISTS}  # fmt: skip
@@ -714,13 +749,13 @@ def _read_text(path):
         raise ValueError("it is not UTF-8 text") from error
 
 
-def _rows(folder, name, videos, others):
+def _rows(folder, name, videos):
     """Yields (where, file, caption) of a file; `videos` are those that it lies beside. Raises
     ValueError where it does not hold captions."""
     path, suffix = folder / name, _suffix(name)
-    partner = next((path.with_name(other) for other in VIDEO_LISTS
-                    if os.path.join(os.path.dirname(name), other) in others), None)  # fmt: skip
-    if videos or partner and path.name.lower() in CAPTION_LISTS:
+    partner = path.name.lower() in CAPTION_LISTS and next(
+        filter(os.path.isfile, map(path.with_name, VIDEO_LISTS)), None)  # fmt: skip
+    if videos or partner:
         captions = _read_text(path).rstrip().split("\n")
         files = [None] * len(captions) if videos else _read_text(partner).rstrip().split("\n")
         if len(files) != len(captions):
@@ -867,9 +902,30 @@ def read_split(folder: Path, split: str) -> set[str]:
             try:
                 lines = _read_text(place / name).splitlines()
             except (OSError, ValueError) as error:
-                raise DataError(f"{place / name} cannot be read: {_reason(error)}") from error
+                raise DataError(f"{place / name} cannot be read: {reason(error)}") from error
             return {Path(line.split()[0]).name for line in lines if line.strip()}
     raise DataError(f"no {name} for --split {split}: put it into {folder / lists}")
+
+
+def different(captions: list[str], count: int) -> list[str]:
+    """So many captions, at most, that have as few words in common as can be."""
+    words = {caption: set(caption.split()) for caption in sorted(set(captions))}
+    nearest, chosen = dict.fromkeys(words, 1.0), []
+    while nearest and len(chosen) < count:
+        chosen.append(max(nearest, key=nearest.get))
+        last = words[chosen[-1]]
+        del nearest[chosen[-1]]
+        for caption, distance in nearest.items():
+            common = len(words[caption] & last) / max(len(words[caption] | last), 1)
+            nearest[caption] = min(distance, 1 - common)
+    return chosen
+
+
+def evenly(captions: list[str], count: int) -> list[str]:
+    """So many different captions, at most, from all over the data set."""
+    captions = sorted(set(captions))
+    picked = np.linspace(0, len(captions) - 1, min(count, len(captions))).astype(int)
+    return [captions[i] for i in picked]
 
 
 # ------------------------------------------------------------------------------ VideoFolder
@@ -888,7 +944,6 @@ class VideoFolder:
 
     `dataset[i]` raises VideoError where video i is unreadable or too short; its name and the reason
     go into the dict `skipped`, where those are too that a table names but that are not there.
-    `passing` has the names of those that may be readable another time, after an error of the disk.
     Raises DataError where no video can be used.
     """
 
@@ -897,7 +952,7 @@ class VideoFolder:
         size: int | tuple | None = 64, clip_seconds: float | None = None, stride: int | None = None,
         flip: bool = False,
     ):
-        self.folder, self.passing = Path(folder), set()
+        self.folder = Path(folder)
         self.items, self.source, self.skipped, self.left_out, self.others = _find(self.folder)
         if split is not None:
             names = read_split(folder, split)
@@ -1006,7 +1061,6 @@ class VideoFolder:
             video, times = read_frames(self.folder / name, pick, self.size, place)
         except VideoError as error:
             self.skipped[name] = str(error)
-            self.passing.update([name] if error.passing else [])
             raise
         if self.flip and rng.random() < 0.5:
             video = np.ascontiguousarray(video[:, :, ::-1])

@@ -15,7 +15,7 @@ simple diffusion (Hoogeboom 2023, 2301.11093), min-SNR (Hang 2023, 2303.09556), 
 (Lin 2024, 2305.08891).
 
     schedule = NoiseSchedule(DiffusionConfig())
-    loss = diffusion_loss(model, schedule, x_start, t, noise)
+    loss = diffusion_loss(model, schedule, x_start, t, noise).mean()
     x_start = SAMPLERS["dpm"](model, schedule, noise, steps=25)
 """
 
@@ -170,7 +170,7 @@ class NoiseSchedule:
 
 def diffusion_loss(model: Model, schedule: NoiseSchedule, x_start: Tensor, t: Tensor,
                    noise: Tensor, keep: Tensor | None = None) -> Tensor:
-    """Mean squared error of the model's output at x_t, a float32 scalar (DDPM eq. 14).
+    """Mean squared error of the model's output at x_t for each sample, float32 (b,) (DDPM eq. 14).
 
     x_start, noise: (b, c, f, h, w); t: int64 (b,). keep: (b, f), 1 for the frames that count, 0
     for those the model was given clean and could copy. Every sample weighs the same, however many
@@ -181,7 +181,7 @@ def diffusion_loss(model: Model, schedule: NoiseSchedule, x_start: Tensor, t: Te
     error = reduce(error, "b c f h w -> b f", "mean")
     keep = torch.ones_like(error) if keep is None else keep.to(error.dtype)
     per_sample = (error * keep).sum(dim=1) / keep.sum(dim=1).clamp(min=1)
-    return (schedule.loss_weight(t) * per_sample).mean()
+    return schedule.loss_weight(t) * per_sample
 
 
 def guided(denoise_pair: Callable, scale: float, rescale: float = 0.0) -> Model:

@@ -191,14 +191,9 @@ class Unit2D(nn.Conv2d):
         return super().forward(x).relu_()
 
 
-def average_pool(x: Tensor) -> Tensor:
-    """The mean of each place and its neighbours inside the map: the same size."""
-    return F.avg_pool2d(x, 3, stride=1, padding=1, count_include_pad=False)
-
-
-def max_pool(x: Tensor) -> Tensor:
-    """The largest of each place and its neighbours: the same size."""
-    return F.max_pool2d(x, 3, stride=1, padding=1)
+# Of each place and its neighbours, at the same size; the mean is over those inside the map.
+average_pool = nn.AvgPool2d(3, stride=1, padding=1, count_include_pad=False)
+max_pool = nn.MaxPool2d(3, stride=1, padding=1)
 
 
 class BlockA(nn.Module):
@@ -801,6 +796,8 @@ def agree_on_clips(args: Namespace, sources: list[Source]) -> int | None:
         raise UserError(f"the models differ in size: {models[0].size} and {models[1].size} pixels")
     size = SIZE if any(source.name == "shapes" for source in sources) else None
     size = models[0].size if models else size
+    if isinstance(size, tuple) and any(source.name == "shapes" for source in sources):
+        raise UserError(f"`shapes` has square frames, and those of the model are {size}")
     args.frames = args.frames or (models[0].frames if models else FRAMES)
     if args.frames < I3D_MIN_FRAMES:
         raise UserError(f"clips of {args.frames} frames are too short for I3D, which needs "

@@ -41,8 +41,8 @@ from einops import rearrange
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
-from data import FORMATS, FPS, FRAMES, UCF101, contact_sheet, middle_square, read_frames
-from data import read_image, to_model, to_uint8, write_picture, write_video
+from data import FORMATS, FPS, FRAMES, UCF101, contact_sheet, middle_part, read_frames
+from data import read_image, sides, to_model, to_uint8, write_picture, write_video
 from diffusion import SAMPLERS, DiffusionConfig, NoiseSchedule
 from diffusion import guided, reconstruction_guided, replaced
 from text_encoder import TextEncoder, TextEncoderConfig, Tokenizer, normalize
@@ -68,8 +68,8 @@ UNLIKE = 20  # levels of 255 that the autoencoder is wrong by where pictures are
 class Pipeline:
     """Everything between a sentence and its video. Attributes are the modules of the same names.
 
-    data: what the model was trained on, where that is known: {"frames": of a clip, "size": of a
-    frame in pixels, "fps": [lowest, highest], "captions": up to 1,000 different ones}.
+    data: what the model was trained on, as far as that is known: {"frames": of a clip, "size": of a
+    frame in pixels, see `data.sides`, "fps": [lowest, highest], "captions": up to 1,000 of them}.
     """
 
     precision = None  # of matrix products, as for `tools.autocast`
@@ -78,7 +78,7 @@ class Pipeline:
         self.device, self.data = torch.device(device), data or {}
         self.tokenizer, self.schedule, self.vae = tokenizer, schedule, vae.to(device)
         self.text_encoder, self.unet = text_encoder.to(device), unet.to(device)
-        self.frames = self.data.get("frames", FRAMES)
+        self.frames, self.size = self.data.get("frames", FRAMES), self.data.get("size", 64)
         low, high = self.data.get("fps", (FPS, FPS))
         self.fps = min(max(FPS, low), high)  # where nothing else is said: the nearest trained one
 
@@ -88,12 +88,8 @@ class Pipeline:
         return {name: pack(getattr(self, name)) for name in parts} | {
             "tokenizer": self.tokenizer.state_dict(),
             "diffusion": {"config": vars(self.schedule.config)},
-        } | ({"data": self.data} if self.data else {})
-
-    @property
-    def size(self) -> int:
-        """The sides of a frame in pixels."""
-        return self.unet.config.latent_size * self.vae.config.factor
+            "data": {"size": self.size, **self.data},
+        }
 
     def denoiser(self, prompts, fps, guidance, rescale, given, given_mask, conditioning):
         """The guided model(x_t, t) -> output for these prompts, frame rates (b,) and given frames.
@@ -151,8 +147,8 @@ class Pipeline:
         _, at_once = self.check(stories, frames, overlap)
         batch_size = batch_size or at_once
         where, pictures = stack_pictures(pictures or {}, len(stories), frames, self.size)
-        size = self.unet.config.latent_size
-        shape = (self.unet.config.channels, frames, size, size)
+        channels, height, width = self.vae.config.latent_shape(*sides(self.size))
+        shape = (channels, frames, height, width)
         videos = []
         for start in range(0, len(stories), batch_size):
             part = slice(start, start + batch_size)
@@ -197,20 +193,21 @@ class Pipeline:
                 except ValueError as error:
                     raise ValueError(f"{sentence!r:.60}: {error}") from error
         length = frames + (len(stories[0]) - 1) * (frames - overlap)
-        return length, max(1, AT_ONCE // (length * self.size**2))
+        return length, max(1, AT_ONCE // (length * math.prod(sides(self.size))))
 
 
 def stack_pictures(pictures, videos, frames, size):
     """The numbers of the given frames in order, and their pictures, uint8 (videos, len(pictures),
-    size, size, 3), from `pictures` as in `Pipeline.generate`. ValueError if they do not fit."""
+    h, w, 3), from `pictures` as in `Pipeline.generate`. ValueError if they do not fit."""
     where = sorted(pictures)
     if where and not 0 <= where[0] <= where[-1] < frames:
         raise ValueError(f"given frames {where} are not all among frames 0 to {frames - 1}")
     if len(where) == frames:
         raise ValueError(f"all {frames} frames are given and none is left to draw")
-    stacked = np.empty((videos, len(where), size, size, 3), np.uint8)
+    one = (*sides(size)[::-1], 3)
+    stacked = np.empty((videos, len(where), *one), np.uint8)
     for i, frame in enumerate(where):
-        picture, one = np.asarray(pictures[frame]), (size, size, 3)
+        picture = np.asarray(pictures[frame])
         if picture.dtype != np.uint8 or picture.shape not in (one, (videos, *one)):
             raise ValueError(f"a given frame is {picture.dtype} {picture.shape}, not uint8 {one}")
         stacked[:, i] = picture
@@ -247,14 +244,16 @@ def draw_story(draw_chunk, stories, given, where, overlap):
     return torch.cat(chunks, dim=2)
 
 
-def check_data(data):
-    """A checkpoint's "data" as in `Pipeline`, {} where there is none. Raises ValueError."""
-    if data is not None:
-        low, high = data["fps"]
-        if not (fits(data["frames"], FRAMES, 512) and 0.1 <= low <= high <= 1000
-                and all(isinstance(caption, str) for caption in data["captions"])):
-            raise ValueError("its frames, fps or captions of the training data cannot be")
-    return data or {}
+def check_data(data, config):
+    """A checkpoint's "data" as in `Pipeline`; its size is a multiple of what the autoencoder's
+    config says. Raises ValueError."""
+    (width, height), (low, high) = sides(data["size"]), data.get("fps", (FPS, FPS))
+    if not (fits((width, height), (1, 1), 4096) and not width % config.factor
+            and not height % config.factor and fits(data.get("frames", FRAMES), FRAMES, 512)
+            and 0.1 <= low <= high <= 1000
+            and all(isinstance(caption, str) for caption in data.get("captions", ()))):
+        raise ValueError("its size, frames, fps or captions of the training data cannot be")
+    return data | {"size": width if width == height else (width, height)}
 
 
 def load_pipeline(path=CHECKPOINT, device="cpu") -> Pipeline:
@@ -263,7 +262,10 @@ def load_pipeline(path=CHECKPOINT, device="cpu") -> Pipeline:
     try:
         tokenizer = Tokenizer.from_state_dict(checkpoint["tokenizer"])
         schedule = NoiseSchedule(read_config(DiffusionConfig, checkpoint["diffusion"]["config"]))
-        data = check_data(checkpoint.get("data"))
+        vae_config = read_config(VAEConfig, checkpoint["vae"]["config"])
+        # Where older ones have the size of a frame, as that of its latents.
+        size = checkpoint["unet"]["config"].pop("latent_size", 8) * vae_config.factor
+        data = check_data({"size": size} | (checkpoint.get("data") or {}), vae_config)
     except Exception as error:  # damaged values fail in many ways
         raise UserError(f"{path} is not a checkpoint of this program: {reason(error)}") from error
     text_encoder = unpack(TextEncoder, TextEncoderConfig, checkpoint["text_encoder"])
@@ -493,17 +495,22 @@ def check_writable(path):
         raise UserError(f"cannot write {path}: {reason(error)}") from error
 
 
+def read_prompts(path):
+    """The sentences of a text file, one a line. Raises UserError."""
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            lines = [line.strip() for line in file.read(2**24).splitlines() if line.strip()]
+    except (OSError, ValueError) as error:
+        raise UserError(f"--prompts {path}: {reason(error)}") from error
+    if not 0 < len(lines) <= 10_000:
+        raise UserError(f"--prompts {path}: {len(lines)} sentences, of 1 to 10000")
+    return lines
+
+
 def read_stories(args, captions):
     """A list of sentences for each video, from the command line. Raises UserError."""
-    if args.prompts == "captions":
-        lines = captions
-    elif args.prompts is not None:
-        try:
-            with open(args.prompts, encoding="utf-8-sig") as file:
-                lines = [line.strip() for line in file.read(2**24).splitlines() if line.strip()]
-        except (OSError, ValueError) as error:
-            raise UserError(f"--prompts {args.prompts}: {reason(error)}") from error
     if args.prompts is not None:
+        lines = captions if args.prompts == "captions" else read_prompts(args.prompts)
         if not 0 < len(lines) * args.num <= 10_000:
             raise UserError(f"--prompts {args.prompts}: {len(lines)} sentences, of 1 to 10000")
         stories = [[line] * (1 + args.extend) for line in lines for _ in range(args.num)]
@@ -564,7 +571,7 @@ def read_given(args, size):
         try:
             if option == "video":
                 clip, _ = read_frames(path, last_frames(args.overlap, args.fps), None)
-                pictures |= {i: middle_square(frame, size) for i, frame in enumerate(clip)}
+                pictures |= {i: middle_part(frame, size) for i, frame in enumerate(clip)}
             else:
                 pictures[0 if option == "image" else args.frames - 1] = read_image(path, size)
         except ValueError as error:
@@ -633,9 +640,9 @@ def main():
         length, at_once = pipeline.check(stories, args.frames, args.overlap)
         stack_pictures(pictures, 0, args.frames, pipeline.size)
         pipeline.schedule.timesteps(args.steps)
-        side = pipeline.size * args.upscale
-        if 3 * length * side**2 * (len(stories) if args.grid else 1) > LARGEST:
-            raise UserError(f"one file of {length} frames of {side}x{side} pixels is too large: "
+        width, height = (side * args.upscale for side in sides(pipeline.size))
+        if 3 * length * width * height * (len(stories) if args.grid else 1) > LARGEST:
+            raise UserError(f"one file of {length} frames of {width}x{height} pixels is too large: "
                             "lower --upscale, --frames or --extend, or leave out --grid")
         for line in warnings_about(pipeline, args, stories, pictures):
             print(f"warning: {printable(line)}", file=sys.stderr)

@@ -6,10 +6,13 @@ A command imports this module first: from then on Ctrl-C is one line, during the
 """
 
 import argparse
+import ast
 import contextlib
+import hashlib
 import json
 import math
 import os
+import re
 import signal
 import sys
 import warnings
@@ -80,6 +83,30 @@ def interrupt(number, frame):
     raise KeyboardInterrupt
 
 
+@contextlib.contextmanager
+def noted_signals():
+    """A list that grows by the numbers of signals, instead of their usual effect: of Ctrl-C; of
+    SIGTERM, with which torchrun and job schedulers end a process; and of SIGHUP, of a terminal that
+    was closed. A second one ends the program at once."""
+    names = {"SIGINT", "SIGTERM", "SIGHUP"} & set(dir(signal))
+    handlers = {getattr(signal, n): signal.getsignal(getattr(signal, n)) for n in names}
+    handlers = {n: old for n, old in handlers.items() if old != signal.SIG_IGN}  # as by nohup
+    noted = []
+
+    def note(number, frame):
+        noted.append(number)
+        if processes() == 1:  # torchrun passes signals on, so that each comes twice
+            signal.signal(number, handlers[number])
+
+    for number in handlers:
+        signal.signal(number, note)
+    try:
+        yield noted
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
 def out_of_memory(error: Exception) -> bool:
     """Is it a full memory? PyTorch has no error of its own for that on a CPU, and cuBLAS and cuDNN
     say it in their own words."""
@@ -148,6 +175,15 @@ def number(kind: type, low: float, high: float) -> Callable:
     return parse
 
 
+def frame_size(text: str) -> int | tuple:
+    """An argparse type: the side of a square, or WIDTHxHEIGHT."""
+    parts = text.lower().split("x")
+    size = tuple(int(side) for side in parts if side.isdecimal())
+    if not len(parts) == len(size) < 3 or not 8 <= min(size) <= max(size) <= 4096:
+        raise argparse.ArgumentTypeError(f"{text!r} is not 64 or 96x64, from 8 to 4096 pixels")
+    return size[0] if len(set(size)) == 1 else size
+
+
 def print_row(**row):
     """A row of a table as one JSON line on stdout, numbers with four digits."""
     for name, value in row.items():
@@ -170,6 +206,22 @@ def say(text):
     """A line on stderr, above a progress bar if there is one."""
     if process() == 0:
         tqdm.write(text, file=sys.stderr)
+
+
+def read_log(path: Path) -> list[dict]:
+    """The lines of log.jsonl as dicts, those that are not damaged."""
+    lines, known = path.read_bytes().splitlines() if path.is_file() else [], []
+    for line in lines:
+        with contextlib.suppress(AttributeError, KeyError, RecursionError, ValueError):
+            values = json.loads(line)
+            numbers = [value for name, value in values.items() if name != "stage"]
+            if values["stage"] in ("vae", "diffusion") and type(values["step"]) is int and all(
+                type(value) in (int, float) for value in numbers
+            ):
+                known.append(values)
+    if len(known) < len(lines):
+        say(f"{path}: {len(lines) - len(known)} damaged lines dropped")
+    return known
 
 
 def memory_gib():
@@ -225,16 +277,17 @@ def parts(batch, count, device):
     one after the other, for --grad-accum."""
     pieces = (x.tensor_split(count * processes())[process() :: processes()] for x in batch)
     for part in zip(*pieces):
-        yield len(part[0]) / len(batch[0]), [x.to(device) for x in part]
+        # Out of pinned memory the copy runs beside the computation.
+        yield len(part[0]) / len(batch[0]), [x.to(device, non_blocking=True) for x in part]
 
 
 def sum_over_processes(values, parameters=()):
-    """Adds up what the processes found, each in its share of the batch: a dict of floats, which is
-    returned, and the gradients of the parameters, where they are."""
+    """Adds up what the processes found, each in its share of the batch: a dict of scalar tensors,
+    which is returned, and the gradients of the parameters, where they are."""
     if processes() == 1:
         return values
     device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-    tensors = [torch.tensor(list(values.values()), device=device)]
+    tensors = [torch.stack([value.float().to(device) for value in values.values()])]
     for p in parameters:
         p.grad = torch.zeros_like(p) if p.grad is None else p.grad  # not in this one's share
         tensors.append(p.grad)
@@ -242,7 +295,19 @@ def sum_over_processes(values, parameters=()):
     dist.all_reduce(flat)
     for x, total in zip(tensors, flat.split([x.numel() for x in tensors])):
         x.copy_(total.view(x.shape))
-    return dict(zip(values, tensors[0].tolist()))
+    return dict(zip(values, tensors[0]))
+
+
+def accumulate(sums, share, values):
+    """Adds `share` times each of the values to the sum of the same name."""
+    for name, value in values.items():
+        value = value.detach() if isinstance(value, torch.Tensor) else value
+        sums[name] = sums.get(name, 0.0) + share * value
+
+
+def read(values: dict[str, torch.Tensor]) -> dict[str, float]:
+    """The numbers in scalar tensors: the device is waited for once."""
+    return dict(zip(values, torch.stack([v.float() for v in values.values()]).tolist()))
 
 
 # ------------------------------------------------------------------------------ device
@@ -386,7 +451,7 @@ def fits(value: object, default: object, high: int) -> bool:
     """Is it a value for a config's field with this default? Whole numbers are at most `high`."""
     if isinstance(default, tuple):
         return type(value) in (tuple, list) and 0 < len(value) <= 16 and all(
-            fits(part, default[0], high) for part in value)
+            fits(part, default[0], high) for part in value if default)
     if type(default) is int:
         return type(value) is int and min(1, default) <= value <= high
     if default is None or type(default) is float:
@@ -405,6 +470,39 @@ def read_config(config_class: type, values: dict) -> object:
         if not fits(value, defaults[name], 64 if name in ("blocks", "depth") else 2**20):
             raise ValueError(f"{name} cannot be {value!r:.40}")
     return config_class(**{k: tuple(v) if type(v) is list else v for k, v in values.items()})
+
+
+def read_value(text: str) -> object:
+    """The plain Python value that a text means, or where it means none the text itself."""
+    words = re.sub(r"\b(true|false|none)\b", lambda match: match[0].title(), text)
+    try:
+        return ast.literal_eval(words)
+    except (MemoryError, RecursionError, SyntaxError, ValueError):
+        return text
+
+
+def set_fields(configs: dict, assignments: list[str]) -> dict:
+    """{part: config} with the values of assignments such as "unet.widths=96,192" in place of their
+    own. Raises UserError, which names what exists."""
+    changes = {part: {} for part in configs}
+    for assignment in assignments:
+        name, _, text = assignment.partition("=")
+        part, _, name = name.partition(".")
+        if part not in configs:
+            raise UserError(f"--set {assignment}: write PART.FIELD=VALUE, with a PART of "
+                            f"{', '.join(configs)}")
+        own, value = getattr(configs[part], name, None), read_value(text)
+        if isinstance(own, tuple) and not isinstance(value, (list, tuple)):
+            value = (value,)
+        is_float = type(own) is float and type(value) is int and abs(value) < 2**53
+        changes[part][name] = float(value) if is_float else value
+    for part, values in changes.items():
+        try:
+            values = vars(configs[part]) | values
+            configs = configs | {part: read_config(type(configs[part]), values)}
+        except (OverflowError, ValueError) as error:
+            raise UserError(f"--set {part}: {error}") from error
+    return configs
 
 
 def check_weights(state: dict, expected: dict):
@@ -444,3 +542,37 @@ def unpack(model_class: type, config_class: type, packed: dict) -> torch.nn.Modu
     except Exception as error:  # damaged values fail in many ways
         raise UserError(f"the checkpoint's {model_class.__name__}: {reason(error)}") from error
     return model.float().eval()
+
+
+def digest(text: str, model: torch.nn.Module | None = None) -> str:
+    """A text that tells a text, and the weights of a model, from any others."""
+    total = hashlib.sha256(text.encode())
+    for value in model.state_dict().values() if model else ():
+        total.update(value.numpy(force=True).tobytes())
+    return total.hexdigest()
+
+
+def restore(state: dict, models: dict, optimizers: dict, path: Path):
+    """Fills models and optimizers with those of a training state, which was read from `path`.
+    Raises UserError."""
+    try:
+        for kind, own in {"models": models, "optimizers": optimizers}.items():
+            if state[kind].keys() != own.keys():
+                raise ValueError(f"{kind} {', '.join(map(str, state[kind]))}")
+        for name, model in models.items():
+            check_weights(state["models"][name], model.state_dict())
+            model.load_state_dict(state["models"][name])
+        for name, optimizer in optimizers.items():
+            # Checked one by one, because a fused step reads whatever lies in memory.
+            parameters = [p for group in optimizer.param_groups for p in group["params"]]
+            keys = ["momentum"] if name == "muon" else ["step", "exp_avg", "exp_avg_sq"]
+            for i, values in state["optimizers"][name].items():
+                like = {key: torch.zeros(()) if key == "step" else parameters[i] for key in keys}
+                check_weights(values, like)
+            groups = optimizer.state_dict()["param_groups"]
+            optimizer.load_state_dict(
+                {"state": state["optimizers"][name], "param_groups": groups}
+            )
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise UserError(f"{path} does not fit the preset as it is now ({error}): restore its "
+                        "settings, or choose another --out") from error

@@ -6,22 +6,24 @@ Prints two JSON lines for each motion: the share of the clips of each shape whos
 reads as asked for, and the share whose motion it does.
 """
 
-import argparse
-import itertools
 import sys
 from pathlib import Path
 
-import numpy as np
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from tools import Parser, number, pick_device, print_row, run_command
+
+import argparse
+import itertools
+
+import numpy as np
 
 from data import FPS
 from sample import CHECKPOINT, load_pipeline
 from shapes import COLOURS, MOTIONS, POLYGONS, REACH, Thing, caption_accuracy, describe
-from tools import Parser, number, pick_device, print_row, run_command
 
 
-def motions(checkpoint, num):
+def motions(checkpoint: str | Path, num: int) -> None:
     """For each motion and shape `num` clips, in the colours by turns."""
     pipeline = load_pipeline(checkpoint, pick_device("auto"))
     for motion in MOTIONS:

@@ -29,17 +29,17 @@ from experiments.reference import spoil
 from sample import CHECKPOINT, load_pipeline
 
 
-def root_mean_square(a, b):
+def root_mean_square(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """Distances between clips, uint8 (..., f, h, w, 3), that broadcast: in levels of 0 to 255."""
     return np.sqrt(np.square(a - b.astype(np.float32)).mean((-4, -3, -2, -1)))
 
 
-def nearest(checkpoint, data, num, picture):
+def nearest(checkpoint: str | Path, data: str, num: int, picture: str) -> None:
     """Prints the rows and draws the picture that the top of this file describes."""
     device = pick_device("auto")
     pipeline = load_pipeline(checkpoint, device)
     networks, _ = metrics.load_networks(metrics.parse_args(["--fake", data]), ["fvd"], device)
-    dataset = VideoFolder(data, size=pipeline.size)
+    dataset = VideoFolder(data, frames=pipeline.frames, size=pipeline.size)
     real = [clip for _, clip in read_ahead(dataset, range(len(dataset))) if clip is not None]
     clips = np.stack([sample.video for sample in real])
     chosen = list(itertools.islice(itertools.cycle(real), num))

@@ -23,7 +23,7 @@ from sample import CHECKPOINT, load_pipeline
 from shapes import MovingShapes, actions_shown, describe
 
 
-def ordered_pairs(num):
+def ordered_pairs(num: int) -> tuple[list, list]:
     """`num` objects with two actions, and the same ones with their actions the other way round."""
     dataset = MovingShapes(20 * num + 100, seed=1, objects=1)
     things = (dataset.describe(i)[2][0] for i in range(len(dataset)))
@@ -31,7 +31,7 @@ def ordered_pairs(num):
     return first, [replace(thing, actions=thing.actions[::-1]) for thing in first]
 
 
-def order(checkpoint, num):
+def order(checkpoint: str | Path, num: int) -> None:
     """Of pairs "X, then Y" and "Y, then X", drawn from the same noise: how many are read right."""
     pipeline, right = load_pipeline(checkpoint, pick_device("auto")), []
     for things in ordered_pairs(num):

@@ -25,7 +25,7 @@ from data import FRAMES, VideoFolder, to_model, to_uint8
 from sample import CHECKPOINT, load_pipeline
 
 
-def spoil(video, how, rng, vae=None):
+def spoil(video: np.ndarray, how: str, rng: np.random.Generator, vae=None) -> np.ndarray:
     """uint8 (f, h, w, 3) -> the same clip with its frames in random order, or with noise of 25
     levels, or through an autoencoder and back; "nothing" leaves it as it is."""
     if how == "shuffled":
@@ -40,7 +40,7 @@ def spoil(video, how, rng, vae=None):
     return video
 
 
-def reference(checkpoint, data, num, stride):
+def reference(checkpoint: str | Path, data: str, num: int, stride: int | None) -> None:
     """Spoils one half of the data in some ways, and measures it against the other half; and, in
     `fvd_of_same`, against itself unspoilt."""
     names, device = ["fvd", "kvd", "is"], pick_device("auto")

@@ -26,7 +26,7 @@ import numpy as np
 
 import train
 from data import FRAMES, VideoFolder, write_video
-from sample import CHECKPOINT, load_pipeline
+from sample import CHECKPOINT, Pipeline, load_pipeline
 from shapes import COLOURS, DIRECTIONS, Thing, actions_shown, describe, place_in_frame, render
 
 
@@ -34,7 +34,7 @@ WORLD = {"frames": 4 * FRAMES, "fps": 20.0}  # of the videos: they are as long a
 CIRCLES = list(itertools.product(COLOURS, itertools.permutations(DIRECTIONS, 2)))
 
 
-def write_circles(folder, num):
+def write_circles(folder: Path, num: int) -> None:
     """A folder of `num` captioned videos of circles that move in one direction and then in another:
     video i has the colour and the directions of CIRCLES[i], which begins again at its end."""
     rng, rows = np.random.default_rng(0), [("file", "caption")]
@@ -47,7 +47,7 @@ def write_circles(folder, num):
         csv.writer(file).writerows(rows)
 
 
-def shares(videos, fps):
+def shares(videos: list, fps: float) -> dict[str, float]:
     """Of videos that should show CIRCLES: how many show both directions in order, and how many of
     their halves show either."""
     in_order = either = 0
@@ -58,7 +58,9 @@ def shares(videos, fps):
     return {"in_order": in_order / len(videos), "either": either / len(videos)}
 
 
-def train_small(checkpoint, steps, folder, out, clips):
+def train_small(
+    checkpoint: str | Path, steps: int, folder: Path, out: Path, clips: list[str]
+) -> Pipeline:
     """A pipeline with a small UNet, trained on the videos of a folder. checkpoint: its autoencoder;
     out: run folder; clips: options of train.py."""
     shapes = train.PRESETS["shapes"]()
@@ -78,7 +80,7 @@ def train_small(checkpoint, steps, folder, out, clips):
     return load_pipeline(out / "model.pt", pick_device("auto"))
 
 
-def slices(checkpoint, steps):
+def slices(checkpoint: str | Path, steps: int) -> None:
     """The same small model trained on clips of the whole action, and on slices of it that share its
     caption. Each draws clips like those it learned from; the latter also draws as long as the
     action takes, at once and slice by slice."""

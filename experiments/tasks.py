@@ -19,7 +19,7 @@ import time
 import numpy as np
 
 from data import FPS, FRAMES
-from sample import CHECKPOINT, CONDITIONINGS, load_pipeline
+from sample import CHECKPOINT, CONDITIONINGS, Pipeline, load_pipeline
 from shapes import BACKGROUND, COLOURS, DIRECTIONS, FPS_RANGE, POLYGONS, SPEED, MovingShapes
 from shapes import actions_shown, caption_accuracy
 
@@ -27,12 +27,12 @@ from shapes import actions_shown, caption_accuracy
 GIVEN = {"first frame": [0], "first four": [0, 1, 2, 3], "both ends": [0, FRAMES - 1]}
 
 
-def changes(videos):
+def changes(videos: np.ndarray) -> np.ndarray:
     """Mean absolute difference of neighbouring frames: (n, f, ...) -> (n, f - 1)."""
     return np.abs(np.diff(videos.astype(np.float32), axis=1)).mean((2, 3, 4))
 
 
-def tasks(checkpoint, num):
+def tasks(checkpoint: str | Path, num: int) -> None:
     """Given frames, stories and frame rates, three tables."""
     pipeline = load_pipeline(checkpoint, pick_device("auto"))
     given_frames(pipeline, num)
@@ -40,7 +40,7 @@ def tasks(checkpoint, num):
     speeds(pipeline, num)
 
 
-def given_frames(pipeline, num):
+def given_frames(pipeline: Pipeline, num: int) -> None:
     """Goes on from given frames, by each of CONDITIONINGS. The first frame, the caption and the
     frame rate determine a clip of MovingShapes, so there is a truth to compare with."""
     dataset = MovingShapes(num, seed=1, fps=FPS, objects=1)
@@ -69,7 +69,7 @@ def given_frames(pipeline, num):
 ROUND = ("left", "up", "right", "down")
 
 
-def write_stories(kind, num, sentences):
+def write_stories(kind: str, num: int, sentences: int) -> list[list[str]]:
     """`num` stories: an object goes round, one way or the other, or it spins all the time."""
     rng, told = np.random.default_rng(0), []
     for i in range(num):
@@ -81,14 +81,14 @@ def write_stories(kind, num, sentences):
     return told
 
 
-def seams(sentences, overlap):
+def seam_frames(sentences: int, overlap: int) -> list[int]:
     """The last frame before each sentence but the first."""
     return [k * (FRAMES - overlap) + overlap - 1 for k in range(1, sentences)]
 
 
-def is_told(video, story, overlap):
+def is_told(video: np.ndarray, story: list[str], overlap: int) -> list[bool]:
     """Can each sentence be read in the frames that it adds and the one before them?"""
-    starts = [0, *seams(len(story), overlap)]
+    starts = [0, *seam_frames(len(story), overlap)]
     ends = [start + 1 for start in starts[1:]] + [len(video)]
     return [
         actions_shown(video[start:end]) == (sentence.split()[-1],)
@@ -96,13 +96,13 @@ def is_told(video, story, overlap):
     ]
 
 
-def stories(pipeline, num):
+def stories(pipeline: Pipeline, num: int) -> None:
     """Stories of two and of five sentences: how much frames change at the seams, relative to inside
     the chunks; how many of the stories are told, and how many of their sentences."""
     for kind, sentences, overlap in itertools.product(("round", "spins"), (2, 5), (1, 4)):
         told = write_stories(kind, num, sentences)
         videos = pipeline.generate(told, overlap=overlap)
-        change, where = changes(videos), seams(sentences, overlap)
+        change, where = changes(videos), seam_frames(sentences, overlap)
         inside = np.delete(change, where, axis=1)
         right = np.array([is_told(*story, overlap) for story in zip(videos, told)])
         print_row(
@@ -112,14 +112,14 @@ def stories(pipeline, num):
         )
 
 
-def position(video):
+def position(video: np.ndarray) -> np.ndarray:
     """Where the object is in each frame, (f, 2): the mean place of what is no background."""
     cover = np.abs(video - np.array(BACKGROUND, np.float32)).sum(-1).clip(60) - 60
     places = np.arange(video.shape[1])
     return np.stack([cover.sum(1) @ places, cover.sum(2) @ places], 1) / cover.sum((1, 2))[:, None]
 
 
-def speeds(pipeline, num):
+def speeds(pipeline: Pipeline, num: int) -> None:
     """How fast things move, at each frame rate of training."""
     ways = [list(DIRECTIONS)[i % 4] for i in range(num)]
     for fps in range(round(FPS_RANGE[0]), round(FPS_RANGE[1]) + 1):

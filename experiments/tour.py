@@ -32,7 +32,8 @@ from torch import Tensor
 
 from data import FPS, FRAMES, to_model, to_uint8
 from diffusion import SAMPLERS, NoiseSchedule, guided
-from sample import CHECKPOINT, GUIDANCE, SAMPLER, STEPS, Pipeline, load_pipeline, word_attention
+from sample import CHECKPOINT, GUIDANCE, SAMPLER, STEPS, Pipeline, check_writable
+from sample import load_pipeline, word_attention
 from shapes import COLOURS, REACH, UPRIGHT, WORDINGS, MovingShapes, Thing, place_in_frame
 from shapes import read_things, render
 from text_encoder import TextEncoder, Tokenizer
@@ -173,8 +174,8 @@ def curves(schedule: NoiseSchedule) -> str:
         points[name] = " ".join(places)
     return f"""<svg viewBox="0 0 600 160" role="img" aria-label="alpha falls and sigma rises">
 <path d="M20 20V130H580" class="axis"/><polyline points="{points["alpha"]}" class="alpha"/>
-<polyline points="{points["sigma"]}" class="sigma"/><text x="290" y="80" class="alpha">α, the share
-of the video</text><text x="570" y="42" text-anchor="end" class="sigma">σ, the share of noise</text>
+<polyline points="{points["sigma"]}" class="sigma"/><text x="290" y="84" class="alpha">α, the share
+of the video</text><text x="570" y="52" text-anchor="end" class="sigma">σ, the share of noise</text>
 <text x="20" y="150">t = 0</text><text x="580" y="150" text-anchor="end">t = {len(a) - 1}</text>
 </svg>"""
 
@@ -236,6 +237,8 @@ def text_stations(pipeline: Pipeline, sentence: str) -> list[str]:
 
 
 def latent_stations(pipeline: Pipeline, sentence: str) -> list[str]:
+    if isinstance(pipeline.size, tuple):
+        raise UserError("the tour draws square frames, and those of this checkpoint are not")
     clip, exact = draw_sentence(sentence, pipeline.size)
     video = to_model(clip[None]).to(pipeline.device)
     latents = pipeline.vae.encode_video(video)
@@ -457,6 +460,7 @@ footer { margin-top: 4rem; padding-top: 1rem; border-top: 1px solid var(--line) 
   header { grid-template-columns: 1fr; gap: 1.2rem } header img { width: 10rem }
   h1 { font-size: 1.6rem } h2 { font-size: 1.25rem } nav ol { columns: 1 }
   .heat tr:first-child > td:first-child { width: 3.6rem } .heat td { height: 1rem }
+  svg { font-size: 21px }
   .words th[scope=col] span { writing-mode: vertical-rl; transform: rotate(180deg) }
   .strip span { font-size: .6rem } .facts li { display: flex; flex-wrap: wrap } }
 """
@@ -482,6 +486,7 @@ letters to numbers, from noise to a video.</p></div>{film}</header>
 def tour(checkpoint: str, sentence: str, seed: int, out: Path) -> None:
     """Follows the sentence through the model and writes the page."""
     start = time.perf_counter()
+    check_writable(out)
     pipeline = load_pipeline(checkpoint, pick_device("auto"))
     try:
         run = sample_and_watch(pipeline, sentence, seed, GUIDANCE)

@@ -37,7 +37,7 @@ def tiny_configs():
     from vae import VAEConfig
 
     unet = UNet3DConfig(
-        latent_size=4, widths=(32, 32), blocks=(1, 1), attention=(True, True), head_width=16,
+        widths=(32, 32), blocks=(1, 1), attention=(True, True), head_width=16,
         text_width=32, embedding_width=32, groups=4,
     )
     text = TextEncoderConfig(context_length=100, width=32, depth=1, heads=2)
@@ -85,7 +85,8 @@ def tiny_pipeline():
                     p.normal_(0, 0.1)
     dataset = MovingShapes(200)
     tokenizer = Tokenizer.train(dataset.describe(i)[0] for i in range(len(dataset)))
-    return Pipeline(tokenizer, *models, NoiseSchedule(DiffusionConfig(shift=2.0)))
+    return Pipeline(tokenizer, *models, NoiseSchedule(DiffusionConfig(shift=2.0)),
+                    data={"size": 32})
 
 
 @pytest.fixture(scope="session")

@@ -179,12 +179,12 @@ def test_loss_is_the_mean_squared_error_with_the_target():
     for prediction, expected in [("eps", noise), ("x_start", x_start)]:
         schedule = make_schedule(prediction=prediction)
         loss = diffusion_loss(lambda x, t: torch.zeros_like(x), schedule, x_start, t, noise)
-        torch.testing.assert_close(loss, (expected ** 2).mean())
+        torch.testing.assert_close(loss, (expected ** 2).mean(dim=(1, 2, 3, 4)))
     schedule = make_schedule()
     perfect = diffusion_loss(oracle(schedule, x_start), schedule, x_start, t, noise)
-    assert perfect < 1e-9
+    assert (perfect < 1e-9).all()
     half = diffusion_loss(lambda x, t: x.bfloat16(), schedule, x_start, t, noise)
-    assert half.dtype == torch.float32 and half.shape == ()
+    assert half.dtype == torch.float32 and half.shape == (2,)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bool])
@@ -194,18 +194,18 @@ def test_frames_left_out_of_the_loss_get_no_gradient(dtype):
     keep = torch.tensor([[0, 1, 1], [0, 0, 1]]).to(dtype)
     output = torch.randn(SHAPE, requires_grad=True)
     loss = diffusion_loss(lambda x, t: output, schedule, x_start, t, noise, keep)
-    loss.backward()
+    loss.mean().backward()
     grad = output.grad.abs().amax(dim=(1, 3, 4))
     assert (grad[keep == 0] == 0).all() and (grad[keep != 0] > 0).all()
 
-    # The mean over the kept frames of each sample, then over samples of equal weight.
+    # The mean over the kept frames of each sample.
     error = (output.detach() - schedule.target(x_start, t, noise)) ** 2
-    expected = (error[0, :, 1:].mean() + error[1, :, 2:].mean()) / 2
+    expected = torch.stack([error[0, :, 1:].mean(), error[1, :, 2:].mean()])
     torch.testing.assert_close(loss.detach(), expected)
     none = torch.zeros_like(keep)
-    assert diffusion_loss(lambda x, t: output, schedule, x_start, t, noise, none) == 0
+    assert not diffusion_loss(lambda x, t: output, schedule, x_start, t, noise, none).any()
     everything = diffusion_loss(lambda x, t: output, schedule, x_start, t, noise)
-    torch.testing.assert_close(everything.detach(), error.mean())
+    torch.testing.assert_close(everything.detach().mean(), error.mean())
 
 
 def test_min_snr_weights():
@@ -380,8 +380,8 @@ def test_sampler_contract(sampler):
     watched = []
     x = SAMPLERS[sampler](model, schedule, noise, 6, watch=lambda *args: watched.append(args))
     assert x.dtype == torch.float32 and x.shape == SHAPE and x.isfinite().all()
-    assert seen == schedule.timesteps(6)
-    assert [(step, t) for step, t, _, _ in watched] == list(enumerate(seen))
+    assert list(dict.fromkeys(seen)) == schedule.timesteps(6)  # each once, or more often
+    assert [(step, t) for step, t, _, _ in watched] == list(enumerate(schedule.timesteps(6)))
     assert torch.equal(watched[0][2], noise) and torch.equal(watched[-1][3], x)
     assert torch.equal(noise, before)
     half = SAMPLERS[sampler](gaussian_model(schedule), schedule, noise.bfloat16(), 2)

@@ -3,7 +3,6 @@
 The command runs in this process (`command` below), as `python sample.py ...` would.
 """
 
-import contextlib
 import io
 import os
 import pickle
@@ -25,6 +24,7 @@ import shapes
 from data import FPS
 from sample import CONDITIONINGS, SAMPLERS, load_pipeline
 from shapes import BACKGROUND, SPEED, MovingShapes, read_things
+from tools import UserError
 from unet3d import record_attention
 from vae import AutoencoderKL, VAEConfig
 
@@ -36,7 +36,7 @@ PRETRAINED = Path(sample.__file__).parent / "pretrained" / "shapes.pt"
 @pytest.fixture
 def float32(monkeypatch):
     """No autocast: in bfloat16 the sums of another batch size round visibly differently."""
-    monkeypatch.setattr(sample, "autocast", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(sample.Pipeline, "precision", "fp32")
 
 
 def distance(a, b):
@@ -734,7 +734,7 @@ def files(tmp_path_factory):
     ("--video @/none.mp4", "none.mp4: No such file"),
     ("--video @/text.png", "text.png"),
     ("--video @/folder.png", "folder.png"),
-    ("--video @/sound.wav", "sound.wav: there is no video"),
+    ("--video @/sound.wav", "sound.wav: "),
     ("--video @/clip.gif --overlap 2 --fps 60", "8.0 frames a second"),
 ])
 def test_given_frames_and_stories_that_do_not_fit_are_refused(command, files, arguments, words):
@@ -888,3 +888,34 @@ def test_the_first_command_of_the_readme(tmp_path):
     assert done.stdout == f"{tmp_path / SLUG}-0.gif\n"
     with Image.open(done.stdout.strip()) as gif:
         assert gif.n_frames == 16 and gif.size == (256, 256)
+
+
+def test_older_checkpoints_have_the_size_of_latents(tiny_checkpoint, tmp_path):
+    """And nothing of what they were trained on; what cannot be is told."""
+    packed = torch.load(tiny_checkpoint, weights_only=True)
+    del packed["data"]
+    for size, pixels in ((4, 32), (6, 48), (0, None), (1e9, None), ("4", None)):
+        packed["unet"]["config"]["latent_size"] = size
+        torch.save(packed, tmp_path / "old.pt")
+        if pixels is None:
+            with pytest.raises(UserError, match="is not a checkpoint of this program"):
+                load_pipeline(tmp_path / "old.pt")
+        else:
+            pipeline = load_pipeline(tmp_path / "old.pt")
+            assert pipeline.generate(["a"], steps=1, frames=2).shape == (1, 2, pixels, pixels, 3)
+            assert pipeline.pack()["data"] == {"size": pixels}
+
+
+def test_frames_need_not_be_square(command, tiny_checkpoint, tmp_path):
+    packed = torch.load(tiny_checkpoint, weights_only=True)
+    for size in ([48], (48, 33), (48, 0), (48, 32, 3), "48"):
+        torch.save(packed | {"data": {"size": size}}, tmp_path / "wide.pt")
+        with pytest.raises(UserError):
+            load_pipeline(tmp_path / "wide.pt")
+    torch.save(packed | {"data": {"size": (48, 32)}}, tmp_path / "wide.pt")
+    picture = np.full((128, 96, 3), 90, np.uint8)
+    Image.fromarray(picture).save(tmp_path / "first.png")
+    _, (path,), _ = command("--image", tmp_path / "first.png", "--frames", 3, "--format", "png",
+                            "--upscale", 1, checkpoint=tmp_path / "wide.pt")
+    with Image.open(path) as sheet:  # with a border of two
+        assert sheet.size == (3 * 52, 36) and sheet.getpixel((2, 2)) == (90, 90, 90)
