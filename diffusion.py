@@ -151,15 +151,18 @@ class NoiseSchedule:
         return snr.clamp(max=self.config.min_snr_gamma) / divisor
 
     def timesteps(self, steps):
-        """`steps` decreasing timesteps, first T-1: "trailing" spacing (Lin 2024 section 3.3).
+        """`steps` decreasing timesteps, T (1 - i / steps)^1.5 - 1 for i = 0, 1, ...
 
-        Starting below T-1 would hand pure noise to a network that expects some signal. ValueError
-        unless 1 <= steps <= T.
+        The first is T-1: starting below would hand pure noise to a network that expects some signal
+        (Lin 2024 section 3.3). Spaced evenly, the last of a few steps would have much noise left to
+        remove at once. ValueError unless 1 <= steps <= T.
         """
         total = self.config.timesteps
         if not 1 <= steps <= total:
             raise ValueError(f"steps must be between 1 and {total}, got {steps}")
-        return [round(total - i * total / steps) - 1 for i in range(steps)]
+        # floor(x + 0.5), as round() may take two neighbours to the same even number.
+        t = [int(total * (1 - i / steps) ** 1.5 + 0.5) for i in range(steps)]
+        return [max(t_i, steps - i) - 1 for i, t_i in enumerate(t)]  # no timestep twice
 
 
 # ------------------------------------------------------------------------------ loss and guidance

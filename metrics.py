@@ -54,7 +54,7 @@ from tqdm import tqdm
 from data import FPS, FRAMES, VIDEOS, Sample, VideoFolder, read_ahead, to_model
 from diffusion import SAMPLERS
 from sample import GUIDANCE, SAMPLER, STEPS, check_writable, load_pipeline
-from shapes import SIZE, MovingShapes, caption_accuracy, render
+from shapes import PARAPHRASES, SIZE, MovingShapes, asked, caption_accuracy, render
 
 BATCH_NORM_EPS = 1e-3  # TensorFlow's, in both networks; PyTorch's own default is 1e-5
 
@@ -864,18 +864,22 @@ def caption_sets(num: int) -> dict[str, list[tuple]]:
 
 
 def measure_captions(args: Namespace) -> tuple[dict, float | None]:
-    """`caption_accuracy` of each caption set: of clips generated at the model's frame rate, which
-    is returned too, or of clips rendered at their own."""
+    """`caption_accuracy` of each caption set, of clips generated at the model's frame rate, which
+    is returned too, or of clips rendered at their own; and of `PARAPHRASES`, which nothing but a
+    model can draw."""
     if Path(args.fake).is_dir():
         raise UserError("--metrics captions is for shapes or a checkpoint: a folder has no scenes")
     pipeline = Source.open(args.fake, args.seed, args, pick_device(args.device)).pipeline
-    results = {}
-    for name, samples in caption_sets(args.num).items():
+    sets, results = caption_sets(args.num), {}
+    if pipeline:
+        told = list(PARAPHRASES.items())[: args.num]
+        sets["paraphrases"] = [(prompt, FPS, asked(meaning)) for prompt, meaning in told]
+    for name, samples in sets.items():
         captions, rates, scenes = zip(*samples)
         if pipeline:
             check_words(pipeline, captions)
             clips, rates = generate_clips(pipeline, captions, args), pipeline.fps
-            bar = tqdm(clips, f"captions, {name}", args.num, unit="clip")
+            bar = tqdm(clips, f"captions, {name}", len(captions), unit="clip")
             videos = [sample.video for sample in bar]
         else:
             videos = [render(scene, fps=rate) for scene, rate in zip(scenes, rates)]

@@ -38,8 +38,9 @@ WORD = re.compile(r"[^\W_]+")
 
 
 def normalize(text):
-    """Lower case and single spaces: "A  Red circle " is the sentence that the model has learned."""
-    return " ".join(text.lower().split())
+    """Lower case, and one space before every word: "Red  circle " is " red circle". The first word
+    needs it as well, or "red" at the start of a sentence would be other tokens than elsewhere."""
+    return "".join(f" {word}" for word in text.lower().split())
 
 
 def merge_pair(ids, pair, new_id):
@@ -64,11 +65,13 @@ class Tokenizer:
     """Byte-level BPE; case and white space are kept, so every Unicode string round-trips.
 
     merges: (id, id) pairs in the order learned; merge number i makes token id 259 + i.
-    words: the words of the training texts, known to `unknown_words`; any case.
+    words: the words of the training texts, known to `unknown_words`; any case. first_space: does
+    the first word of a text carry a space, too? False for models trained when it did not.
     Raises ValueError if a merge uses an id that does not exist before it.
     """
 
-    def __init__(self, merges, words=()):
+    def __init__(self, merges, words=(), first_space=True):
+        self.first_space = first_space
         self.merges = [tuple(pair) for pair in merges]
         self.words = frozenset(word.lower() for word in words)
         self.ranks = {pair: rank for rank, pair in enumerate(self.merges)}
@@ -133,6 +136,10 @@ class Tokenizer:
         """Count the words of these texts, captions of a fine-tuning set, as known too."""
         self.words |= {word for text in texts for word in WORD.findall(normalize(text))}
 
+    def prepare(self, text):
+        """The text as the model has learned to read it."""
+        return normalize(text) if self.first_space else normalize(text).removeprefix(" ")
+
     def encode_piece(self, piece):
         """Apply the merges to one piece, the earliest learned first, as training did."""
         if piece not in self.cache:
@@ -161,7 +168,7 @@ class Tokenizer:
 
     def words_and_lengths(self, text):
         """[(word or mark, number of its tokens)] of a text as `batch` encodes it."""
-        pieces = PIECE.findall(normalize(text))
+        pieces = PIECE.findall(self.prepare(text))
         return [(piece.strip(), len(self.encode_piece(piece))) for piece in pieces]
 
     def cut(self, text, length):
@@ -183,7 +190,7 @@ class Tokenizer:
         Raises ValueError if a text needs more than `context_length` tokens: cutting it silently
         would draw another sentence than the user's.
         """
-        rows = [self.encode(normalize(text)) for text in texts]
+        rows = [self.encode(self.prepare(text)) for text in texts]
         longest = max(len(row) for row in rows)
         if longest > context_length:
             raise ValueError(f"the text is {longest} tokens long and the limit is "
@@ -194,11 +201,12 @@ class Tokenizer:
 
     def state_dict(self):
         """Plain lists only, so that a checkpoint loads with `weights_only=True`."""
-        return {"merges": [list(pair) for pair in self.merges], "words": sorted(self.words)}
+        merges = [list(pair) for pair in self.merges]
+        return {"merges": merges, "words": sorted(self.words), "first_space": self.first_space}
 
     @classmethod
     def from_state_dict(cls, state):
-        return cls(state["merges"], state["words"])
+        return cls(state["merges"], state["words"], state.get("first_space", False))
 
 
 def attention_weights(q: Tensor, k: Tensor, mask: Tensor | None = None) -> Tensor:

@@ -27,7 +27,7 @@ def steps(checkpoint: str | Path, num: int, picture: str) -> None:
     pipeline = load_pipeline(checkpoint, pick_device("auto"))
     captions, _, scenes = zip(*caption_sets(num)["seen"])
     curves = {sampler: [] for sampler in SAMPLERS}
-    for count in (3, 5, 10, 20, 40):
+    for count in (3, 5, 8, 10, 20, 40):
         for sampler, curve in curves.items():
             start = time.perf_counter()
             videos = pipeline.generate(captions, steps=count, sampler=sampler)

@@ -902,6 +902,30 @@ def test_image_fraction_closes_temporal_attention_for_its_clips(preset, finished
         assert torch.equal(images, e)
 
 
+def test_at_first_clips_have_fewer_frames(preset, finished, tmp_path):
+    """They are every fourth and every second frame, at a quarter and half of the frame rate."""
+    shutil.copy(finished / "vae.pt", tmp_path)
+    training = replace(preset.diffusion_training, strides=((0.25, 4), (0.75, 2)))
+    assert [train.frame_stride(step, training) for step in range(4)] == [4, 2, 2, 1]
+    assert train.frame_stride(0, preset.diffusion_training) == 1
+    seen, forward = [], UNet3D.forward
+
+    def watch(self, *arguments):
+        if torch.is_grad_enabled() and len(arguments) > 5:  # a training step
+            seen.append(arguments[4:6])  # frame rates, clean clips
+        return forward(self, *arguments)
+
+    with patched((UNet3D, "forward", watch)):
+        run_train(replace(preset, diffusion_training=training), "diffusion", "--out", tmp_path)
+    latents = np.fromfile(tmp_path / "latents.bin", np.float16).reshape(-1, 4, 16, 4, 4)
+    rates = json.loads((tmp_path / "latents.json").read_text())["fps"]
+    for stride, (fps, clips) in zip((4, 2, 2, 1), seen, strict=True):
+        for rate, clip in zip(fps, clips):
+            matches = [np.array_equal(one[:, ::stride], clip.numpy()) for one in latents]
+            assert sum(matches) == 1
+            assert rate == pytest.approx(rates[matches.index(True)] / stride)
+
+
 # ------------------------------------------------------------------------------ logs
 
 
@@ -1758,6 +1782,26 @@ def test_weights_that_are_not_finite_are_not_saved(preset, copied):
 
 
 # ------------------------------------------------------------------------------ presets
+
+
+def test_the_shipped_model_is_what_the_preset_makes():
+    """Its parts, and in the log that was written on the way both stages to their ends."""
+    preset, folder = train.PRESETS["shapes"](), Path(train.__file__).parent / "pretrained"
+    assert (folder / "shapes.pt").stat().st_size <= 16e6
+    model = load(folder / "shapes.pt")
+    for name, config in {
+        "vae": preset.vae, "text_encoder": preset.text, "unet": preset.unet,
+        "diffusion": preset.diffusion,
+    }.items():
+        assert type(config)(**model[name]["config"]) == config
+    lines = [json.loads(line) for line in (folder / "shapes.jsonl").open()]
+    for stage in ("vae", "diffusion"):
+        config = getattr(preset, f"{stage}_training")
+        steps = [line["step"] for line in lines if line["stage"] == stage and "lr" in line]
+        assert steps == list(range(config.log_every, config.steps + 1, config.log_every))
+        for line in lines:
+            if line["stage"] == stage and "lr" in line:
+                assert line["lr"] == pytest.approx(learning_rate(line["step"] - 1, config))
 
 
 @pytest.mark.parametrize("name", train.PRESETS)
