@@ -808,9 +808,10 @@ def test_from_one_picture_the_shipped_model_goes_where_it_is_told():
 
 @shipped
 def test_the_shipped_model_fills_in_between_two_pictures():
-    ends = {0: circle(15, 30), 15: circle(45, 30)}
+    end = 20 + SPEED * 15 / FPS
+    ends = {0: circle(20, 30), 15: circle(end, 30)}
     video = load_pipeline().generate(["a red circle moves right"], pictures=ends)[0]
-    on_the_way = np.stack([np.linspace(15, 45, 16), np.full(16, 30)], 1)
+    on_the_way = np.stack([np.linspace(20, end, 16), np.full(16, 30)], 1)
     assert np.abs(center(video) - on_the_way).max() < 4
 
 
