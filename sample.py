@@ -321,21 +321,23 @@ UNLIKE = 20  # levels of 255 that the autoencoder is wrong by where pictures are
 
 
 def grams(sentence):
-    """Its words and marks by one, two and three, with "" for its beginning and end; and a pair with
-    itself of each that comes twice."""
+    """Its words and marks by none, one, two and three, with "" for its beginning and end; and a pair
+    with itself of each that comes twice."""
     parts = ["", *re.findall(r"\w+|[^\w\s]", sentence.lower()), ""]
     twice = [(part, part) for part, count in Counter(parts[1:-1]).items() if count > 1]
-    return [*zip(parts), *zip(parts, parts[1:]), *zip(parts, parts[1:], parts[2:]), *twice]
+    pairs, threes = zip(parts, parts[1:]), zip(parts, parts[1:], parts[2:])
+    return [*[()] * len(parts), *zip(parts), *pairs, *threes, *twice]
 
 
 def is_new(gram, counts):
-    """Is this in no caption, and either a pair or so common by chance that three captions should
-    have it? counts: of the captions' grams."""
-    if counts[gram] or len(gram) == 1:
+    """Is this in no caption, though five of them should have it by chance? counts: of the
+    captions' grams; of the empty one, the number of all words and marks."""
+    if counts[gram] or len(gram) < 2:
         return False
-    if len(gram) == 2:  # there are two "" in a caption
-        return gram[0] != gram[1] or counts[gram[:1]] ** 2 >= 3 * counts[("",)]
-    return counts[gram[:2]] * counts[gram[1:]] >= 3 * counts[gram[1:2]]
+    first, second, both = gram[:-1], gram[1:], gram[1:-1]
+    if gram == second * 2:  # anywhere in a caption, of which each has two ""
+        both = ("",)
+    return counts[first] * counts[second] >= 5 * counts[both]
 
 
 @torch.no_grad()
