@@ -16,6 +16,7 @@ import hashlib
 import io
 import itertools
 import json
+import math
 import os
 import re
 import threading
@@ -31,7 +32,7 @@ from queue import SimpleQueue
 import numpy as np
 import torch
 from einops import rearrange
-from PIL import Image, ImageOps, ImageSequence
+from PIL import Image, ImageDraw, ImageFont, ImageOps, ImageSequence
 from torch import Tensor
 
 from tools import UserError, atomic_path, reason
@@ -63,6 +64,11 @@ class Sample:
     video: np.ndarray
     fps: float
     scene: list = None
+
+
+def sides(size: int | tuple) -> tuple[int, int]:
+    """(width, height) of frames whose size is that, or the side of a square."""
+    return (size, size) if isinstance(size, int) else tuple(size)
 
 
 # ------------------------------------------------------------------------------ writing videos
@@ -144,6 +150,44 @@ def contact_sheet(video: np.ndarray, columns: int = 4, border: int = 2) -> np.nd
     return rearrange(video, "(r q) h w c -> (r h) (q w) c", q=columns)
 
 
+def chart(
+    curves: dict, x_label: str, y_label: str, width: int = 560, height: int = 340
+) -> np.ndarray:
+    """Lines through points (x, y), x above 0 on a logarithmic scale and y from 0 up, as a picture:
+    uint8 (height, width, 3). curves: {name: points}, at most three."""
+    picture = Image.new("RGB", (width, height), "white")
+    draw, font = ImageDraw.Draw(picture), ImageFont.load_default(size=14)
+    left, right, top, bottom = 60, width - 90, 36, height - 50
+    xs, ys = ([point[i] for points in curves.values() for point in points] for i in (0, 1))
+    first, high, names = min(xs), max(ys) or 1, []
+    ratio = math.log(max(xs) / first) or 1
+
+    def place(x, y):
+        share = math.log(x / first) / ratio
+        return left + share * (right - left), bottom - y / high * (bottom - top)
+
+    for y in (0, high / 4, high / 2, high * 3 / 4, high):
+        draw.line([place(first, y), (right, place(first, y)[1])], (220, 220, 220))
+        draw.text((left - 8, place(first, y)[1]), f"{y:.2g}", "black", font, anchor="rm")
+    wanted = np.geomspace(first, max(xs), 5)
+    for x in {min(xs, key=lambda x: abs(math.log(x / near))) for near in wanted}:
+        draw.text((place(x, 0)[0], bottom + 8), str(x), "black", font, anchor="mt")
+    draw.text(((left + right) / 2, height - 8), x_label, "black", font, anchor="mb")
+    draw.text((left, 8), y_label, "black", font, anchor="lt")
+    colours = (230, 75, 60), (70, 140, 240), (60, 180, 90)
+    for (name, points), colour in zip(curves.items(), colours):
+        points = [place(*point) for point in points]
+        draw.line(points, colour, 3)
+        for x, y in points if len(points) < 20 else ():
+            draw.ellipse([x - 4, y - 4, x + 4, y + 4], colour)
+        names.append((points[-1][1], name, colour))  # at the ends of the lines
+    lowest = -math.inf
+    for y, name, colour in sorted(names):
+        lowest = max(lowest + 16, y)  # none on top of another
+        draw.text((right + 10, lowest), name, colour, font, anchor="lm")
+    return np.asarray(picture)
+
+
 def _write_sheet(path, video, fps, upscale):
     sheet = contact_sheet(np.stack([*_enlarged(video, upscale)]), columns=min(4, len(video)))
     Image.fromarray(sheet).save(path, "PNG")
@@ -165,7 +209,7 @@ FFMPEG = {"max_pixels": str(MAX_PIXELS // 4), "protocol_whitelist": "file", "for
           "asf,avi,dv,flv,gif,h264,hevc,m4v,matroska,mov,mpeg,mpegts,mpegvideo,mxf,ogg,"
           "yuv4mpegpipe"}  # fmt: skip
 FOLDER_FPS = 25.0  # of a folder of frames, which does not say
-warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # see MAX_PIXELS
+warnings.filterwarnings("ignore", module=r"PIL\.")  # of damaged files: one error says enough
 
 
 class VideoError(ValueError):
@@ -202,7 +246,7 @@ def read_frames(
     Returns the frames and their times (f,). Raises VideoError unless the file is a whole, readable
     video.
     """
-    size = (size, size) if isinstance(size, int) else size
+    size = size and sides(size)
     read = _read_pictures if os.path.isdir(path) or _is_animation(path) else _read_file
     with _reading():
         frames, times = read(path, pick, size, place)
@@ -263,7 +307,7 @@ def _read_pictures(path, pick, size, place):
         with _open_picture(path) as image:
             for frame in ImageSequence.Iterator(image):
                 frame.load()
-                ends.append(ends[-1] + frame.info["duration"] / 1000)
+                ends.append(ends[-1] + (frame.info["duration"] or 100) / 1000)  # as browsers do
         times = np.array(ends[:-1])
         pictures = [(path, i) for i in range(len(times))]
     frames, index = [], pick(times)
@@ -460,18 +504,19 @@ class _Video:
         self.times = times if rising else np.arange(len(times)) * self.interval
 
 
-def read_image(path: Path, size: int) -> np.ndarray:
-    """The middle of a picture file: uint8 (size, size, 3). Raises VideoError."""
+def read_image(path: Path, size: int | tuple) -> np.ndarray:
+    """The middle of a picture file, as from `middle_part`. Raises VideoError."""
     with _reading(), _open_picture(path) as image:
-        return middle_square(np.asarray(_to_rgb(image)), size)
+        return middle_part(np.asarray(_to_rgb(image)), size)
 
 
-def middle_square(picture: np.ndarray, size: int) -> np.ndarray:
-    """The middle of a picture, as large as fits: uint8 (h, w, 3) -> (size, size, 3)."""
+def middle_part(picture: np.ndarray, size: int | tuple) -> np.ndarray:
+    """The middle of a picture, as large as fits, scaled: uint8 (h, w, 3). size: see `sides`."""
+    width, height = sides(size)
     # A frame that was enlarged for viewing becomes the very pixels that it was made of.
-    whole = min(picture.shape[:2]) % size == 0
+    whole = min(picture.shape[0] / height, picture.shape[1] / width) % 1 == 0
     method = Image.Resampling.BOX if whole else Image.Resampling.BICUBIC
-    return np.asarray(ImageOps.fit(Image.fromarray(picture), (size, size), method))
+    return np.asarray(ImageOps.fit(Image.fromarray(picture), (width, height), method))
 
 
 # ------------------------------------------------------------------------------ captions
@@ -783,6 +828,27 @@ def read_split(folder: Path, split: str) -> set[str]:
     except (OSError, ValueError) as error:
         raise DataError(f"{path} cannot be read: {reason(error)}") from error
     return {Path(line.split()[0]).name for line in lines if line.strip()}
+
+
+def different(captions: list[str], count: int) -> list[str]:
+    """So many captions, at most, that have as few words in common as can be."""
+    words = {caption: set(caption.split()) for caption in sorted(set(captions))}
+    nearest, chosen = dict.fromkeys(words, 1.0), []
+    while nearest and len(chosen) < count:
+        chosen.append(max(nearest, key=nearest.get))
+        last = words[chosen[-1]]
+        del nearest[chosen[-1]]
+        for caption, distance in nearest.items():
+            common = len(words[caption] & last) / max(len(words[caption] | last), 1)
+            nearest[caption] = min(distance, 1 - common)
+    return chosen
+
+
+def evenly(captions: list[str], count: int) -> list[str]:
+    """So many different captions, at most, from all over the data set."""
+    captions = sorted(set(captions))
+    picked = np.linspace(0, len(captions) - 1, min(count, len(captions))).astype(int)
+    return [captions[i] for i in picked]
 
 
 # ------------------------------------------------------------------------------ VideoFolder

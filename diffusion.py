@@ -15,7 +15,7 @@ simple diffusion (Hoogeboom 2023, 2301.11093), min-SNR (Hang 2023, 2303.09556), 
 (Lin 2024, 2305.08891).
 
     schedule = NoiseSchedule(DiffusionConfig())
-    loss = diffusion_loss(model, schedule, x_start, t, noise)
+    loss = diffusion_loss(model, schedule, x_start, t, noise).mean()
     x_start = SAMPLERS["dpm"](model, schedule, noise, steps=25)
 """
 
@@ -151,15 +151,18 @@ class NoiseSchedule:
         return snr.clamp(max=self.config.min_snr_gamma) / divisor
 
     def timesteps(self, steps):
-        """`steps` decreasing timesteps, first T-1: "trailing" spacing (Lin 2024 section 3.3).
+        """`steps` decreasing timesteps, T (1 - i / steps)^1.5 - 1 for i = 0, 1, ...
 
-        Starting below T-1 would hand pure noise to a network that expects some signal. ValueError
-        unless 1 <= steps <= T.
+        The first is T-1: starting below would hand pure noise to a network that expects some signal
+        (Lin 2024 section 3.3). Spaced evenly, the last of a few steps would have much noise left to
+        remove at once. ValueError unless 1 <= steps <= T.
         """
         total = self.config.timesteps
         if not 1 <= steps <= total:
             raise ValueError(f"steps must be between 1 and {total}, got {steps}")
-        return [round(total - i * total / steps) - 1 for i in range(steps)]
+        # floor(x + 0.5), as round() may take two neighbours to the same even number.
+        t = [int(total * (1 - i / steps) ** 1.5 + 0.5) for i in range(steps)]
+        return [max(t_i, steps - i) - 1 for i, t_i in enumerate(t)]  # no timestep twice
 
 
 # ------------------------------------------------------------------------------ loss and guidance
@@ -167,7 +170,7 @@ class NoiseSchedule:
 
 def diffusion_loss(model: Model, schedule: NoiseSchedule, x_start: Tensor, t: Tensor,
                    noise: Tensor, keep: Tensor | None = None) -> Tensor:
-    """Mean squared error of the model's output at x_t, a float32 scalar (DDPM eq. 14).
+    """Mean squared error of the model's output at x_t for each sample, float32 (b,) (DDPM eq. 14).
 
     x_start, noise: (b, c, f, h, w); t: int64 (b,). keep: (b, f), 1 for the frames that count, 0
     for those the model was given clean and could copy. Every sample weighs the same, however many
@@ -178,7 +181,7 @@ def diffusion_loss(model: Model, schedule: NoiseSchedule, x_start: Tensor, t: Te
     error = reduce(error, "b c f h w -> b f", "mean")
     keep = torch.ones_like(error) if keep is None else keep.to(error.dtype)
     per_sample = (error * keep).sum(dim=1) / keep.sum(dim=1).clamp(min=1)
-    return (schedule.loss_weight(t) * per_sample).mean()
+    return schedule.loss_weight(t) * per_sample
 
 
 def guided(denoise_pair: Callable, scale: float, rescale: float = 0.0) -> Model:

@@ -54,7 +54,7 @@ from tqdm import tqdm
 from data import FPS, FRAMES, VIDEOS, Sample, VideoFolder, read_ahead, to_model
 from diffusion import SAMPLERS
 from sample import GUIDANCE, SAMPLER, STEPS, check_writable, load_pipeline
-from shapes import SIZE, MovingShapes, caption_accuracy, render
+from shapes import PARAPHRASES, SIZE, MovingShapes, asked, caption_accuracy, render
 
 BATCH_NORM_EPS = 1e-3  # TensorFlow's, in both networks; PyTorch's own default is 1e-5
 
@@ -796,6 +796,8 @@ def agree_on_clips(args: Namespace, sources: list[Source]) -> int | None:
         raise UserError(f"the models differ in size: {models[0].size} and {models[1].size} pixels")
     size = SIZE if any(source.name == "shapes" for source in sources) else None
     size = models[0].size if models else size
+    if isinstance(size, tuple) and any(source.name == "shapes" for source in sources):
+        raise UserError(f"`shapes` has square frames, and those of the model are {size}")
     args.frames = args.frames or (models[0].frames if models else FRAMES)
     if args.frames < I3D_MIN_FRAMES:
         raise UserError(f"clips of {args.frames} frames are too short for I3D, which needs "
@@ -862,18 +864,22 @@ def caption_sets(num: int) -> dict[str, list[tuple]]:
 
 
 def measure_captions(args: Namespace) -> tuple[dict, float | None]:
-    """`caption_accuracy` of each caption set: of clips generated at the model's frame rate, which
-    is returned too, or of clips rendered at their own."""
+    """`caption_accuracy` of each caption set, of clips generated at the model's frame rate, which
+    is returned too, or of clips rendered at their own; and of `PARAPHRASES`, which nothing but a
+    model can draw."""
     if Path(args.fake).is_dir():
         raise UserError("--metrics captions is for shapes or a checkpoint: a folder has no scenes")
     pipeline = Source.open(args.fake, args.seed, args, pick_device(args.device)).pipeline
-    results = {}
-    for name, samples in caption_sets(args.num).items():
+    sets, results = caption_sets(args.num), {}
+    if pipeline:
+        told = list(PARAPHRASES.items())[: args.num]
+        sets["paraphrases"] = [(prompt, FPS, asked(meaning)) for prompt, meaning in told]
+    for name, samples in sets.items():
         captions, rates, scenes = zip(*samples)
         if pipeline:
             check_words(pipeline, captions)
             clips, rates = generate_clips(pipeline, captions, args), pipeline.fps
-            bar = tqdm(clips, f"captions, {name}", args.num, unit="clip")
+            bar = tqdm(clips, f"captions, {name}", len(captions), unit="clip")
             videos = [sample.video for sample in bar]
         else:
             videos = [render(scene, fps=rate) for scene, rate in zip(scenes, rates)]

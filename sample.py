@@ -5,8 +5,7 @@
     python sample.py "a blue ring grows" --checkpoint runs/shapes/model.pt --steps 50 --guidance 2
     python sample.py --prompts captions --grid                  # all that the model was trained on
 
-The same model goes on from given frames (pictures and clips are scaled and cut to its size), and
-chunk by chunk for as long as wanted:
+It goes on from given frames (scaled and cut to the model's size), and chunk by chunk:
 
     python sample.py "a red circle moves up" --image first.png
     python sample.py "a red circle moves up" --image first.png --last-image last.png
@@ -27,6 +26,7 @@ from tools import pick_device, printable, read_config, reason, run_command, unpa
 import argparse
 import contextlib
 import difflib
+import itertools
 import math
 import os
 import re
@@ -41,8 +41,8 @@ from einops import rearrange
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
-from data import FORMATS, FPS, FRAMES, UCF101, contact_sheet, middle_square, read_frames
-from data import read_image, to_model, to_uint8, write_picture, write_video
+from data import FORMATS, FPS, FRAMES, UCF101, contact_sheet, middle_part, read_frames
+from data import read_image, sides, to_model, to_uint8, write_picture, write_video
 from diffusion import SAMPLERS, DiffusionConfig, NoiseSchedule
 from diffusion import guided, reconstruction_guided, replaced
 from text_encoder import TextEncoder, TextEncoderConfig, Tokenizer, normalize
@@ -58,8 +58,6 @@ CONDITIONINGS = ("mask", "replacement", "reconstruction")
 # says, so a new sentence is at odds with several frames of the old motion: one makes no jump.
 OVERLAP = 1
 AT_ONCE = 2**20  # pixels of the clips that are drawn at once: 16 of 16 frames of 64x64
-LARGEST = 2**30  # bytes of the pixels of one file, as enlarged: more fill the memory
-UNLIKE = 20  # levels of 255 that the autoencoder is wrong by where pictures are of another kind
 
 
 # ------------------------------------------------------------------------------ the pipeline
@@ -68,8 +66,8 @@ UNLIKE = 20  # levels of 255 that the autoencoder is wrong by where pictures are
 class Pipeline:
     """Everything between a sentence and its video. Attributes are the modules of the same names.
 
-    data: what the model was trained on, where that is known: {"frames": of a clip, "size": of a
-    frame in pixels, "fps": [lowest, highest], "captions": up to 1,000 different ones}.
+    data: what the model was trained on, as far as that is known: {"frames": of a clip, "size": of a
+    frame in pixels, see `data.sides`, "fps": [lowest, highest], "captions": up to 1,000 of them}.
     """
 
     precision = None  # of matrix products, as for `tools.autocast`
@@ -78,7 +76,7 @@ class Pipeline:
         self.device, self.data = torch.device(device), data or {}
         self.tokenizer, self.schedule, self.vae = tokenizer, schedule, vae.to(device)
         self.text_encoder, self.unet = text_encoder.to(device), unet.to(device)
-        self.frames = self.data.get("frames", FRAMES)
+        self.frames, self.size = self.data.get("frames", FRAMES), self.data.get("size", 64)
         low, high = self.data.get("fps", (FPS, FPS))
         self.fps = min(max(FPS, low), high)  # where nothing else is said: the nearest trained one
 
@@ -88,38 +86,8 @@ class Pipeline:
         return {name: pack(getattr(self, name)) for name in parts} | {
             "tokenizer": self.tokenizer.state_dict(),
             "diffusion": {"config": vars(self.schedule.config)},
-        } | ({"data": self.data} if self.data else {})
-
-    @property
-    def size(self) -> int:
-        """The sides of a frame in pixels."""
-        return self.unet.config.latent_size * self.vae.config.factor
-
-    def denoiser(self, prompts, fps, guidance, rescale, given, given_mask, conditioning):
-        """The guided model(x_t, t) -> output for these prompts, frame rates (b,) and given frames.
-
-        given: clean latents (b, c, f, h, w); given_mask: bool (b, f), True at the frames to take.
-        """
-        null = [""] * len(prompts) if guidance != 1 else []
-        length = self.text_encoder.config.context_length
-        tokens, token_mask = self.tokenizer.batch([*prompts, *null], length, self.device)
-        context = self.text_encoder(tokens, token_mask)
-        rates = torch.tensor(fps, device=self.device).repeat(len(tokens) // len(prompts))
-        shown = ()
-        if conditioning == "mask":
-            shown = [torch.cat([x, x]) if null else x for x in (given, given_mask)]
-
-        def denoise(x_t, t):
-            return self.unet(x_t, t, context, token_mask, rates, *shown)
-
-        def denoise_pair(x_t, t):
-            return denoise(torch.cat([x_t, x_t]), torch.cat([t, t])).chunk(2)
-
-        model = guided(denoise_pair, guidance, rescale) if null else denoise
-        if not given_mask.any():
-            return model
-        informed = reconstruction_guided if conditioning == "reconstruction" else replaced
-        return informed(model, self.schedule, given, given_mask)
+            "data": {"size": self.size, **self.data},
+        }
 
     @torch.no_grad()
     def generate(
@@ -142,8 +110,8 @@ class Pipeline:
         chunk of `frames` frames, which begins with the last `overlap` of the chunk before, so that
         f = frames + (sentences - 1) * (frames - overlap). `pictures` belong to the first chunk.
 
-        Raises ValueError for an empty prompt or one longer than the text encoder's context, for
-        pictures or an overlap that do not fit, and where the model's output is not finite.
+        Raises ValueError for prompts, pictures and overlaps that do not fit the model, and where
+        its output is not finite.
         """
         stories = [[prompt] if isinstance(prompt, str) else list(prompt) for prompt in prompts]
         frames = self.frames if frames is None else frames
@@ -151,66 +119,126 @@ class Pipeline:
         _, at_once = self.check(stories, frames, overlap)
         batch_size = batch_size or at_once
         where, pictures = stack_pictures(pictures or {}, len(stories), frames, self.size)
-        size = self.unet.config.latent_size
-        shape = (self.unet.config.channels, frames, size, size)
+        channels, height, width = self.vae.config.latent_shape(*sides(self.size))
+        shape = (channels, frames, height, width)
         videos = []
         for start in range(0, len(stories), batch_size):
-            part = slice(start, start + batch_size)
+            part, known, chunks = slice(start, start + batch_size), where, []
             noise = seeded_noise(seed + start, len(stories[part]), shape, self.device)
-
-            def draw_chunk(sentences, given, given_mask):
-                model = self.denoiser(
-                    sentences, fps[part], guidance, rescale, given, given_mask, conditioning
-                )
-                return SAMPLERS[sampler](
-                    model, self.schedule, noise(), steps, randn_like=noise, watch=watch
-                )
-
             given = torch.zeros(len(stories[part]), *shape, device=self.device)
             with autocast(self.device, self.precision):
                 if where:
                     shown = to_model(pictures[part]).to(self.device)
                     given[:, :, where] = self.vae.encode_video(shown)
-                latents = draw_story(draw_chunk, stories[part], given, where, overlap)
-                if not latents.isfinite().all():
-                    raise ValueError("the model's output is not finite: is the checkpoint damaged?")
-                chunks = latents.split(frames, dim=2)
-                chunks = [to_uint8(self.vae.decode_video(chunk)) for chunk in chunks]
+                for sentences in zip(*stories[part]):
+                    model = self.denoiser(
+                        sentences, fps[part], guidance, rescale, given, known, conditioning)
+                    latents = SAMPLERS[sampler](
+                        model, self.schedule, noise(), steps, randn_like=noise, watch=watch)
+                    if not latents.isfinite().all():
+                        raise ValueError("the output is not finite: is the checkpoint damaged?")
+                    new = latents[:, :, overlap if chunks else 0 :]
+                    chunks.append(to_uint8(self.vae.decode_video(new)))
+                    # The next chunk begins with the last latents, not with pixels: a pass through
+                    # the autoencoder would blur every seam.
+                    given, known = latents.roll(overlap, dims=2), list(range(overlap))
             videos.append(np.concatenate(chunks, axis=1))
         videos = np.concatenate(videos)
         videos[:, where] = pictures  # their own pixels, not what the autoencoder makes of them
         return videos
 
+    def denoiser(self, prompts, fps, guidance, rescale, given, known, conditioning):
+        """The guided model(x_t, t) -> output for these prompts, frame rates (b,) and given frames.
+
+        given: clean latents (b, c, f, h, w); known: the numbers of the frames to take from them.
+        """
+        given_mask = torch.zeros(len(given), given.shape[2], dtype=torch.bool, device=self.device)
+        given_mask[:, known] = True
+        null = [""] * len(prompts) if guidance != 1 else []
+        length = self.text_encoder.config.context_length
+        tokens, token_mask = self.tokenizer.batch([*prompts, *null], length, self.device)
+        context = self.text_encoder(tokens, token_mask)
+        rates = torch.tensor(fps, device=self.device).repeat(len(tokens) // len(prompts))
+        shown = ()
+        if conditioning == "mask":
+            shown = [torch.cat([x, x]) if null else x for x in (given, given_mask)]
+
+        def denoise(x_t, t):
+            return self.unet(x_t, t, context, token_mask, rates, *shown)
+
+        def denoise_pair(x_t, t):
+            return denoise(torch.cat([x_t, x_t]), torch.cat([t, t])).chunk(2)
+
+        model = guided(denoise_pair, guidance, rescale) if null else denoise
+        if not known:
+            return model
+        informed = reconstruction_guided if conditioning == "reconstruction" else replaced
+        return informed(model, self.schedule, given, given_mask)
+
     def check(self, stories, frames, overlap):
-        """Raises ValueError for stories (lists of sentences) that cannot be drawn. Returns how many
-        frames each has, and how many stories to draw at once."""
+        """How many frames each story (a list of sentences) has, and how many stories to draw at
+        once. Raises ValueError for those that cannot be drawn."""
         for story in stories:
             if not story or not all(sentence.strip() for sentence in story):
                 raise ValueError("the prompt is empty: say what should happen")
             if len(story) != len(stories[0]):
                 raise ValueError("every prompt needs the same number of sentences")
-            if len(story) > 1 and not 0 < overlap < frames:
-                raise ValueError(f"chunks of {frames} frames cannot overlap by {overlap}")
-            for sentence in dict.fromkeys(story):
-                try:
-                    self.tokenizer.batch([sentence], self.text_encoder.config.context_length)
-                except ValueError as error:
-                    raise ValueError(f"{sentence!r:.60}: {error}") from error
+        if len(stories[0]) > 1 and not 0 < overlap < frames:
+            raise ValueError(f"chunks of {frames} frames cannot overlap by {overlap}")
+        for sentence in dict.fromkeys(itertools.chain(*stories)):
+            try:
+                self.tokenizer.batch([sentence], self.text_encoder.config.context_length)
+            except ValueError as error:
+                raise ValueError(f"{sentence!r:.60}: {error}") from error
         length = frames + (len(stories[0]) - 1) * (frames - overlap)
-        return length, max(1, AT_ONCE // (length * self.size**2))
+        return length, max(1, AT_ONCE // (length * math.prod(sides(self.size))))
+
+
+def load_pipeline(path=CHECKPOINT, device="cpu") -> Pipeline:
+    """Rebuild a Pipeline from a checkpoint alone. Raises UserError if it cannot be read."""
+    checkpoint = load_checkpoint(path, "tokenizer", "text_encoder", "unet", "vae", "diffusion")
+    vae = unpack(AutoencoderKL, VAEConfig, checkpoint["vae"])
+    try:
+        tokenizer = Tokenizer.from_state_dict(checkpoint["tokenizer"])
+        schedule = NoiseSchedule(read_config(DiffusionConfig, checkpoint["diffusion"]["config"]))
+        # Where older ones have the size of a frame, as that of its latents.
+        size = checkpoint["unet"]["config"].pop("latent_size", 8) * vae.config.factor
+        data = check_data({"size": size} | (checkpoint.get("data") or {}), vae.config.factor)
+    except Exception as error:  # damaged values fail in many ways
+        raise UserError(f"{path} is not a checkpoint of this program: {reason(error)}") from error
+    text_encoder = unpack(TextEncoder, TextEncoderConfig, checkpoint["text_encoder"])
+    if tokenizer.vocab_size > text_encoder.config.vocab_size:  # on a GPU the process would end
+        raise UserError(f"{path}: the tokenizer has more tokens than the text encoder knows")
+    unet = unpack(UNet3D, UNet3DConfig, checkpoint["unet"])
+    if (unet.config.channels, unet.config.text_width) != (
+            vae.config.latent_channels, text_encoder.config.width):
+        raise UserError(f"{path}: the UNet's channels or text_width are not those of its inputs")
+    return Pipeline(tokenizer, text_encoder, unet, vae, schedule, device, data)
+
+
+def check_data(data, factor):
+    """A checkpoint's "data" as in `Pipeline`; the sides of its size are multiples of `factor`.
+    Raises ValueError."""
+    (width, height), (low, high) = sides(data["size"]), data.get("fps", (FPS, FPS))
+    if not (fits((width, height), (1, 1), 4096) and width % factor == height % factor == 0
+            and fits(data.get("frames", FRAMES), FRAMES, 512) and 0.1 <= low <= high <= 1000
+            and all(isinstance(caption, str) for caption in data.get("captions", ()))):
+        raise ValueError("its size, frames, fps or captions of the training data cannot be")
+    return data | {"size": width if width == height else (width, height)}
 
 
 def stack_pictures(pictures, videos, frames, size):
     """The numbers of the given frames in order, and their pictures, uint8 (videos, len(pictures),
-    size, size, 3), from `pictures` as in `Pipeline.generate`. ValueError if they do not fit."""
+    h, w, 3), from `pictures` as in `Pipeline.generate`. ValueError if they do not fit."""
     where = sorted(pictures)
     if where and not 0 <= where[0] <= where[-1] < frames:
         raise ValueError(f"given frames {where} are not all among frames 0 to {frames - 1}")
     if len(where) == frames:
         raise ValueError(f"all {frames} frames are given and none is left to draw")
-    stacked = np.empty((videos, len(where), size, size, 3), np.uint8)
+    one = (*sides(size)[::-1], 3)
+    stacked = np.empty((videos, len(where), *one), np.uint8)
     for i, frame in enumerate(where):
-        picture, one = np.asarray(pictures[frame]), (size, size, 3)
+        picture = np.asarray(pictures[frame])
         if picture.dtype != np.uint8 or picture.shape not in (one, (videos, *one)):
             raise ValueError(f"a given frame is {picture.dtype} {picture.shape}, not uint8 {one}")
         stacked[:, i] = picture
@@ -228,64 +256,13 @@ def seeded_noise(seed, count, shape, device):
     return noise
 
 
-def draw_story(draw_chunk, stories, given, where, overlap):
-    """The latents of whole stories, each chunk conditioned on the end of the one before.
-
-    draw_chunk(sentences, given, given_mask): latents of one chunk; given: clean latents (b, c, f,
-    h, w), of the first chunk's given frames at `where`. Returns (b, c, frames of a story, h, w).
-    """
-    b, _, frames = given.shape[:3]
-    given_mask = torch.zeros(b, frames, dtype=torch.bool, device=given.device)
-    given_mask[:, where] = True
-    chunks = []
-    for sentences in zip(*stories):
-        latents = draw_chunk(sentences, given, given_mask)
-        chunks.append(latents[:, :, overlap:] if chunks else latents)
-        # Latents are handed on, not pixels: a pass through the autoencoder would blur every seam.
-        given = latents.roll(overlap, dims=2)  # the last `overlap` frames come first
-        given_mask = torch.arange(frames, device=given.device).expand(b, -1) < overlap
-    return torch.cat(chunks, dim=2)
-
-
-def check_data(data):
-    """A checkpoint's "data" as in `Pipeline`, {} where there is none. Raises ValueError."""
-    if data is not None:
-        low, high = data["fps"]
-        if not (fits(data["frames"], FRAMES, 512) and 0.1 <= low <= high <= 1000
-                and all(isinstance(caption, str) for caption in data["captions"])):
-            raise ValueError("its frames, fps or captions of the training data cannot be")
-    return data or {}
-
-
-def load_pipeline(path=CHECKPOINT, device="cpu") -> Pipeline:
-    """Rebuild a Pipeline from a checkpoint alone. Raises UserError if it cannot be read."""
-    checkpoint = load_checkpoint(path, "tokenizer", "text_encoder", "unet", "vae", "diffusion")
-    try:
-        tokenizer = Tokenizer.from_state_dict(checkpoint["tokenizer"])
-        schedule = NoiseSchedule(read_config(DiffusionConfig, checkpoint["diffusion"]["config"]))
-        data = check_data(checkpoint.get("data"))
-    except Exception as error:  # damaged values fail in many ways
-        raise UserError(f"{path} is not a checkpoint of this program: {reason(error)}") from error
-    text_encoder = unpack(TextEncoder, TextEncoderConfig, checkpoint["text_encoder"])
-    if tokenizer.vocab_size > text_encoder.config.vocab_size:  # on a GPU the process would end
-        raise UserError(f"{path}: the tokenizer has more tokens than the text encoder knows")
-    unet = unpack(UNet3D, UNet3DConfig, checkpoint["unet"])
-    vae = unpack(AutoencoderKL, VAEConfig, checkpoint["vae"])
-    if (unet.config.channels, unet.config.text_width) != (
-            vae.config.latent_channels, text_encoder.config.width):
-        raise UserError(f"{path}: the UNet's channels or text_width are not those of its inputs")
-    return Pipeline(tokenizer, text_encoder, unet, vae, schedule, device, data)
-
-
 # ------------------------------------------------------------------------------ pictures
 
 
 def word_attention(record: dict, tokenizer: Tokenizer, prompt: str) -> tuple:
-    """How strongly each frame attended to each word of the prompt of sample 0.
-
-    record: of `unet3d.record_attention` around `Pipeline.generate`. Returns the words and weights
-    (words, f): means over layers, heads and denoising steps. What is missing to 1 went to the start
-    and end tokens.
+    """How strongly each frame attended to each word of the prompt of sample 0: the words, and
+    weights (words, f), means over layers, heads and steps. What is missing to 1 went to the start
+    and end tokens. record: of `unet3d.record_attention` around `Pipeline.generate`.
     """
     layers = [torch.stack(calls)[:, 0].mean(0) for calls in record.values()]
     weights = torch.stack(layers).mean(0)  # f l
@@ -298,14 +275,14 @@ def word_attention(record: dict, tokenizer: Tokenizer, prompt: str) -> tuple:
 def attention_picture(words, weights, video, cell: int = 48) -> np.ndarray:
     """A table of the frames in a row, and below them for each word how strongly each frame attends
     to it, the brighter the more: uint8 (h, w, 3). weights: (words, f), see `word_attention`."""
-    frames = [np.asarray(Image.fromarray(frame).resize((cell, cell))) for frame in video]
-    levels = np.round(255 * weights / weights.max()).astype(np.uint8)
-    levels = levels.repeat(cell // 2, axis=0).repeat(cell, axis=1)[:, :, None].repeat(3, axis=2)
-    table = Image.fromarray(np.concatenate([np.concatenate(frames, axis=1), levels]))
+    width, height = cell * len(video), cell // 2 * len(words)
+    frames = Image.fromarray(np.concatenate(video, axis=1)).resize((width, cell))
+    levels = Image.fromarray(np.round(255 * weights / weights.max()).astype(np.uint8))
     font = ImageFont.load_default(size=16)
     left = max(round(font.getlength(word)) for word in words) + 12
-    picture = Image.new("RGB", (left + table.width, table.height))
-    picture.paste(table, (left, 0))
+    picture = Image.new("RGB", (left + width, cell + height))
+    picture.paste(frames, (left, 0))
+    picture.paste(levels.resize((width, height), Image.Resampling.NEAREST), (left, cell))
     for y, word in enumerate(words):
         place = left - 6, cell + cell // 2 * y + cell // 4
         ImageDraw.Draw(picture).text(place, word, anchor="rm", font=font)
@@ -331,9 +308,8 @@ def write_denoising(path, believed):
     """What the model believes the clip to be at steps of sampling, uint8 (steps, f, h, w, 3):
     a .gif that shows the steps one after the other, or a .png with a row for each of up to 8."""
     if path.suffix == ".gif":
-        columns = min(4, believed.shape[1])
-        sheets = np.stack([contact_sheet(clip, columns) for clip in believed])
-        return write_video(path, sheets, fps=4, upscale=2)
+        sheets = [contact_sheet(clip, min(4, len(clip))) for clip in believed]
+        return write_video(path, np.stack(sheets), fps=4, upscale=2)
     steps, frames = (np.linspace(0, n - 1, min(n, 8)).astype(int) for n in believed.shape[:2])
     rows = rearrange(believed[steps][:, frames], "s f h w c -> (s h) (f w) c")
     write_picture(path, rows.repeat(2, axis=0).repeat(2, axis=1))
@@ -341,35 +317,41 @@ def write_denoising(path, believed):
 
 # ------------------------------------------------------------------------------ warnings
 
+UNLIKE = 20  # levels of 255 that the autoencoder is wrong by where pictures are of another kind
+
 
 def grams(sentence):
-    """Its words and marks by one, two and three, with "" for its beginning and end."""
+    """Its words and marks by one, two and three, with "" for its beginning and end; and a pair with
+    itself of each that comes twice."""
     parts = ["", *re.findall(r"\w+|[^\w\s]", sentence.lower()), ""]
-    return [*zip(parts), *zip(parts, parts[1:]), *zip(parts, parts[1:], parts[2:])]
+    twice = [(part, part) for part, count in Counter(parts[1:-1]).items() if count > 1]
+    return [*zip(parts), *zip(parts, parts[1:]), *zip(parts, parts[1:], parts[2:]), *twice]
 
 
 def is_new(gram, counts):
-    """Is it a pair that no caption has, or three words that chance alone should have brought
-    together three times or more if all sentences were possible? counts: of the captions' grams."""
+    """Is this in no caption, and either a pair or so common by chance that three captions should
+    have it? counts: of the captions' grams."""
     if counts[gram] or len(gram) == 1:
         return False
-    return len(gram) == 2 or counts[gram[:2]] * counts[gram[1:]] >= 3 * counts[gram[1:2]]
+    if len(gram) == 2:  # there are two "" in a caption
+        return gram[0] != gram[1] or counts[gram[:1]] ** 2 >= 3 * counts[("",)]
+    return counts[gram[:2]] * counts[gram[1:]] >= 3 * counts[gram[1:2]]
 
 
 @torch.no_grad()
 def warnings_about(pipeline, args, stories, pictures):
     """Yields a line for everything that is asked for and was not trained."""
-    sentences = list(dict.fromkeys(sentence for story in stories for sentence in story))
-    known, data = sorted(pipeline.tokenizer.words), pipeline.data
-    unknown = pipeline.tokenizer.unknown_words(" ".join(sentences))[:9]
-    if unknown:
-        near = {word: difflib.get_close_matches(word, known, 1, 0.7) for word in unknown}
-        words = [f"{w!r} (did you mean {n[0]!r}?)" if n else repr(w) for w, n in near.items()]
-        yield f"the model never saw {', '.join(words)} in training and can only guess what is meant"
+    sentences, data = list(dict.fromkeys(itertools.chain(*stories))), pipeline.data
+    known, near = sorted(pipeline.tokenizer.words), []
+    for word in pipeline.tokenizer.unknown_words(" ".join(sentences))[:9]:
+        close = difflib.get_close_matches(word, known, 1, 0.7)
+        near.append(f"{word!r} (did you mean {close[0]!r}?)" if close else repr(word))
+    if near:
+        yield f"the model never saw {', '.join(near)} in training and can only guess what is meant"
     captions = data.get("captions", ())
-    counts = Counter(gram for caption in captions for gram in grams(caption))
-    new = [s for s in sentences if counts and any(is_new(gram, counts) for gram in grams(s))]
-    for sentence in new[:3]:
+    counts = Counter(itertools.chain(*map(grams, captions)))
+    new = [s for s in sentences if any(is_new(gram, counts) for gram in grams(s))]
+    for sentence in new[:3] if captions else ():
         like = map(repr, difflib.get_close_matches(sentence.lower(), captions, 2, 0))
         yield f"no sentence in training is built like {sentence!r}; there are {' or '.join(like)}"
     low, high = data.get("fps", (0, math.inf))
@@ -404,8 +386,7 @@ def parse_args(argv=None):
     add("--device", default="auto", choices=DEVICES)
     add = parser.add_argument_group("what to draw").add_argument
     add("--num", type=number(int, 1, 10_000), default=1, help="videos of each prompt (%(default)s)")
-    add("--seed", type=number(int, 0, 2**62), default=0,
-        help="video i is drawn with seed + i (%(default)s)")
+    add("--seed", type=number(int, 0, 2**62), default=0, help="video i is drawn with seed + i")
     add("--frames", type=number(int, 1, 512), help="(as in training)")
     add("--fps", type=number(float, 0.1, 1000), help="frames per second: with fewer, things move "
         f"further from frame to frame ({FPS:g}, or the nearest in training)")
@@ -414,31 +395,27 @@ def parse_args(argv=None):
     add = parser.add_argument_group("given frames").add_argument
     add("--image", metavar="FILE", help="a picture: the first frame")
     add("--last-image", metavar="FILE", help="a picture: the last frame")
-    add("--video", metavar="FILE", help="a clip: the video begins with its last frames")
+    add("--video", metavar="FILE", help="a clip to go on from: its last frames")
     add("--overlap", type=number(int, 1, 511), default=OVERLAP, metavar="N",
         help="frames to take over from --video, and from chunk to chunk (%(default)s)")
-    add("--conditioning", choices=CONDITIONINGS, default=CONDITIONINGS[0],
-        help="how the model learns of given frames; all but mask are for models trained without "
-        "(%(default)s)")
+    add("--conditioning", choices=CONDITIONINGS, default="mask",
+        help="mask as in training; the others for models trained without (%(default)s)")
     add = parser.add_argument_group("how to draw it").add_argument
     add("--steps", type=number(int, 1, 1000), default=STEPS, help="of denoising (%(default)s)")
     add("--sampler", choices=list(SAMPLERS), default=SAMPLER, help="(%(default)s)")
     add("--guidance", type=number(float, 0, 100), default=GUIDANCE,
         help="how closely to follow the words; 1 is no guidance (%(default)s)")
-    add("--batch-size", type=number(int, 1, 10_000), metavar="N",
-        help="videos at once (by their size: 16 clips of 16 frames of 64x64)")
+    add("--batch-size", type=number(int, 1, 10_000), metavar="N", help="videos at once (by size)")
     add = parser.add_argument_group("where to put it").add_argument
     add("--out", type=Path, default=Path("samples"),
         help="a folder, or for one video a file name ending in .gif, .mp4 or .png (samples/)")
-    add("--format", choices=[f[1:] for f in FORMATS],
-        help="gif, mp4, or png: a contact sheet of the frames (gif)")
-    add("--upscale", type=number(int, 1, 64), default=4,
-        help="enlarge for viewing, nearest neighbour (%(default)s)")
+    add("--format", choices=[f[1:] for f in FORMATS], help="png is a sheet of frames (gif)")
+    add("--upscale", type=number(int, 1, 64), default=4, help="enlarge for viewing (%(default)s)")
     add("--grid", action="store_true", help="all videos in one, with their captions")
-    add("--attention", type=Path, metavar="FILE.png",
-        help="also draw how strongly each frame attends to each word")
-    add("--denoising", type=Path, metavar="FILE",
-        help="also draw what the model believes the clip to be at each step: .gif or .png")
+    add("--attention", type=Path, metavar="FILE.png", help="draw each frame's attention to each "
+        "word, too")
+    add("--denoising", type=Path, metavar="FILE.gif", help="draw what the model believes the clip "
+        "to be at each step, too; or FILE.png")
     args = parser.parse_intermixed_args(argv)  # options may stand between the sentences
     if bool(args.prompt) + (args.prompts is not None) + args.words != 1:
         parser.error("say what should happen: in quotes, or in a file for --prompts")
@@ -448,39 +425,34 @@ def parse_args(argv=None):
 def check_options(args):
     """Raises UserError for files that cannot be read or written, and for options that do not go
     together, as far as can be told without the checkpoint."""
-    for option in ("prompts", "image", "last_image", "video"):
-        path = vars(args)[option]
-        if path is None or (option, path) == ("prompts", "captions"):
-            continue
-        if not os.path.exists(path):
-            raise UserError(f"--{option.replace('_', '-')} {path}: No such file")
-        if not os.path.isfile(path) and not (option == "video" and os.path.isdir(path)):
-            raise UserError(f"--{option.replace('_', '-')} {path} is not a file")
-    suffix, more = args.out.suffix.lower(), len(args.prompt) - 1
+    prompts = None if args.prompts == "captions" else args.prompts
+    for path in (prompts, args.image, args.last_image, args.video):
+        if path is not None and not os.path.isfile(path) and not os.path.isdir(path):
+            raise UserError(f"{path!r}: no such file")  # or a pipe, which would make us wait
+    out, suffix, more = f"--out {args.out}", args.out.suffix.lower(), len(args.prompt) - 1
     several = args.num > 1 or args.prompts is not None
+    extras = list(filter(None, (args.attention, args.denoising)))
     for wrong, message in (
         (suffix in (".avi", ".jpg", ".jpeg", ".mkv", ".mov", ".webm", ".webp"),
-         f"--out {args.out}: the formats are {', '.join(FORMATS)}"),
+         f"{out}: the formats are {', '.join(FORMATS)}"),
         (suffix in FORMATS and several and not args.grid,
-         f"--out {args.out} is one file: give a folder, or add --grid"),
+         f"{out} is one file: give a folder, or add --grid"),
         (suffix in FORMATS and args.format and suffix != f".{args.format}",
-         f"--out {args.out} does not end in .{args.format}"),
+         f"{out} does not end in .{args.format}"),
         (args.image and args.video, "--image and --video both say how the video begins"),
-        (args.last_image and args.extend, "--last-image says how the video ends, --extend goes on"),
-        (more > args.extend, f"{more + 1} prompts are as many chunks: put a sentence in quotes, or "
-         f"add --extend {more}"),
-        ((args.attention or args.denoising) and (several or args.extend),
+        (args.last_image and args.extend,
+         "--last-image says how the video ends, --extend goes on"),
+        (more > args.extend,
+         f"{more + 1} prompts: put a sentence in quotes, or add --extend {more}"),
+        (extras and (several or args.extend),
          "--attention and --denoising show one clip: no --num, --prompts or --extend"),
-        (args.attention and args.attention.suffix != ".png", f"--attention {args.attention}: the "
-         "file name must end in .png"),
-        (args.denoising and args.denoising.suffix not in (".gif", ".png"),
-         f"--denoising {args.denoising}: the file name must end in .gif or .png"),
+        *((path.suffix not in (".gif", ".png"), f"{path} does not end in .gif or .png")
+          for path in extras),
     ):
         if wrong:
             raise UserError(message)
-    for path in (args.out if suffix in FORMATS else args.out / "x", args.attention, args.denoising):
-        if path is not None:
-            check_writable(path)
+    for path in (args.out if suffix in FORMATS else args.out / "x", *extras):
+        check_writable(path)
 
 
 def check_writable(path):
@@ -493,17 +465,22 @@ def check_writable(path):
         raise UserError(f"cannot write {path}: {reason(error)}") from error
 
 
+def read_prompts(path, most=10_000):
+    """The sentences of a text file, one a line, from 1 to `most`. Raises UserError."""
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            lines = [line.strip() for line in file.read(2**24).splitlines() if line.strip()]
+    except (OSError, ValueError) as error:
+        raise UserError(f"--prompts {path}: {reason(error)}") from error
+    if not 0 < len(lines) <= most:
+        raise UserError(f"--prompts {path}: {len(lines)} sentences, of 1 to {most}")
+    return lines
+
+
 def read_stories(args, captions):
     """A list of sentences for each video, from the command line. Raises UserError."""
-    if args.prompts == "captions":
-        lines = captions
-    elif args.prompts is not None:
-        try:
-            with open(args.prompts, encoding="utf-8-sig") as file:
-                lines = [line.strip() for line in file.read(2**24).splitlines() if line.strip()]
-        except (OSError, ValueError) as error:
-            raise UserError(f"--prompts {args.prompts}: {reason(error)}") from error
     if args.prompts is not None:
+        lines = captions if args.prompts == "captions" else read_prompts(args.prompts)
         if not 0 < len(lines) * args.num <= 10_000:
             raise UserError(f"--prompts {args.prompts}: {len(lines)} sentences, of 1 to 10000")
         stories = [[line] * (1 + args.extend) for line in lines for _ in range(args.num)]
@@ -518,16 +495,16 @@ def output_paths(args, stories):
     """The file of each video, or of --grid. Raises UserError where one would replace an input."""
     paths = [args.out]
     if args.out.suffix.lower() not in FORMATS:
-        # \w keeps letters of every script; file systems take names of up to 255 bytes.
-        slugs = [re.sub(r"\W+", "-", normalize(" ".join(dict.fromkeys(story)))).strip("-")
-                 for story in (stories[:1] if args.grid else stories)]
-        slugs = [s.encode(errors="replace")[:200].decode(errors="ignore") or "video" for s in slugs]
-        end = f"{'-grid' * args.grid}.{args.format or 'gif'}"
-        paths = [args.out / f"{slug}-{args.seed + i}{end}" for i, slug in enumerate(slugs)]
+        paths, end = [], f"{'-grid' * args.grid}.{args.format or 'gif'}"
+        for i, story in enumerate(stories[:1] if args.grid else stories):
+            # \w keeps letters of every script; file systems take names of up to 255 bytes.
+            slug = re.sub(r"\W+", "-", normalize(" ".join(dict.fromkeys(story)))).strip("-")
+            slug = slug.encode(errors="replace")[:200].decode(errors="ignore") or "video"
+            paths.append(args.out / f"{slug}-{args.seed + i}{end}")
     outputs = [*paths, *filter(None, (args.attention, args.denoising))]
     if len(set(map(os.path.abspath, outputs))) < len(outputs):
         raise UserError("--out, --attention and --denoising are both the same file")
-    inputs = [args.checkpoint, args.prompts, args.image, args.last_image, args.video]
+    inputs = (args.checkpoint, args.prompts, args.image, args.last_image, args.video)
     inputs = [path for path in inputs if path is not None and os.path.exists(path)]
     for path in filter(os.path.exists, outputs):
         if any(os.path.samefile(near, given) for near in (path, path.parent) for given in inputs):
@@ -535,38 +512,33 @@ def output_paths(args, stories):
     return paths
 
 
-def last_frames(count, fps):
-    """A `pick` for `read_frames`: up to `count` frames, `fps` a second, and the last is the clip's.
-
-    Raises ValueError if the clip has none, or too few a second for that.
-    """
-    def pick(times):
-        if not len(times):
-            raise ValueError("there are no frames in it")
-        wanted = times[-1] - np.arange(count)[::-1] / fps
-        wanted = wanted[wanted > -0.5 / fps]  # a shorter clip gives what it has
-        index = np.abs(times[:, None] - wanted).argmin(0)
-        if (np.diff(index) == 0).any():
-            rate = (len(times) - 1) / times[-1]
-            raise ValueError(f"it has {rate:.1f} frames a second: give --fps {rate:.1f} or less")
-        return index
-
-    return pick
+def last_frames(times, count, fps):
+    """Which frames of a clip to go on from, for `read_frames`: up to `count`, `fps` a second, and
+    the last is the clip's. Raises ValueError if the clip has none, or too few a second for that."""
+    if not len(times):
+        raise ValueError("there are no frames in it")
+    wanted = times[-1] - np.arange(count)[::-1] / fps
+    wanted = wanted[wanted > -0.5 / fps]  # a shorter clip gives what it has
+    index = np.abs(times[:, None] - wanted).argmin(0)
+    if (np.diff(index) == 0).any():
+        rate = (len(times) - 1) / times[-1]
+        raise ValueError(f"it has {rate:.1f} frames a second: give --fps {rate:.1f} or less")
+    return index
 
 
 def read_given(args, size):
     """{number of a frame: picture} of the frames that the command line gives, see `generate`."""
     pictures = {}
-    for option in ("video", "image", "last_image"):
+    for option, first in (("video", 0), ("image", 0), ("last_image", args.frames - 1)):
         path = vars(args)[option]
         if path is None:
             continue
         try:
             if option == "video":
-                clip, _ = read_frames(path, last_frames(args.overlap, args.fps), None)
-                pictures |= {i: middle_square(frame, size) for i, frame in enumerate(clip)}
+                clip, _ = read_frames(path, lambda x: last_frames(x, args.overlap, args.fps), None)
+                pictures |= {i: middle_part(frame, size) for i, frame in enumerate(clip)}
             else:
-                pictures[0 if option == "image" else args.frames - 1] = read_image(path, size)
+                pictures[first] = read_image(path, size)
         except ValueError as error:
             raise UserError(f"--{option.replace('_', '-')} {path}: {error}") from error
     return pictures
@@ -597,12 +569,12 @@ def draw_all(args, pipeline, stories, pictures, paths):
         for start in batches:
             videos = pipeline.generate(
                 stories[start : start + args.batch_size], args.seed + start, args.frames, args.fps,
-                args.steps, args.sampler, args.guidance, batch_size=args.batch_size,
-                pictures=pictures, conditioning=args.conditioning, overlap=args.overlap,
-                watch=watch,
-            )
-            grid += [videos] if args.grid else []
-            for path, video in zip(paths[start:], () if args.grid else videos):
+                args.steps, args.sampler, args.guidance, batch_size=args.batch_size, watch=watch,
+                pictures=pictures, conditioning=args.conditioning, overlap=args.overlap)
+            if args.grid:
+                grid.append(videos)
+                continue
+            for path, video in zip(paths[start:], videos):
                 write(path, write_video, video, args.fps, args.upscale)
     if args.grid:
         large = np.concatenate(grid).repeat(args.upscale, 2).repeat(args.upscale, 3)
@@ -633,9 +605,10 @@ def main():
         length, at_once = pipeline.check(stories, args.frames, args.overlap)
         stack_pictures(pictures, 0, args.frames, pipeline.size)
         pipeline.schedule.timesteps(args.steps)
-        side = pipeline.size * args.upscale
-        if 3 * length * side**2 * (len(stories) if args.grid else 1) > LARGEST:
-            raise UserError(f"one file of {length} frames of {side}x{side} pixels is too large: "
+        width, height = (side * args.upscale for side in sides(pipeline.size))
+        # Bytes of the pixels: more fill the memory.
+        if 3 * length * width * height * (len(stories) if args.grid else 1) > 2**30:
+            raise UserError(f"one file of {length} frames of {width}x{height} pixels is too large: "
                             "lower --upscale, --frames or --extend, or leave out --grid")
         for line in warnings_about(pipeline, args, stories, pictures):
             print(f"warning: {printable(line)}", file=sys.stderr)

@@ -13,6 +13,7 @@ Letters used here: `f` frames, `h w` height and width. Videos are uint8 arrays o
 """
 
 import zlib
+from itertools import combinations
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -21,7 +22,7 @@ from data import FPS, FRAMES, Sample, contact_sheet, write_picture
 
 # ------------------------------------------------------------------------------ MovingShapes
 
-PIXELS = 1  # number of the code that draws the clips: goes up whenever it draws others
+PIXELS = 2  # number of the code that draws the clips: goes up whenever it draws others
 BACKGROUND = (18, 20, 28)
 COLOURS = {
     "red": (230, 45, 45),
@@ -37,7 +38,8 @@ REACH = {"circle": 0.95, "square": 1.2, "triangle": 1.35, "star": 1.4, "ring": 1
 RADII = {"small": 6.0, "": 8.0, "big": 10.0}  # pixels, of a 64-pixel frame
 MOTIONS = ("left", "right", "up", "down", "grows", "shrinks", "spins", "stays still")
 DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
-SPEED = 16.0  # pixels per second
+SPEED = 10.0  # pixels per second
+FREE = 0.8  # share of each way, at least, that no wall cuts off: less would read as standing still
 GROWTH = 0.3  # change of log radius per second
 SPIN = np.pi / 2  # radians per second, clockwise
 # Objects begin nearly upright. Captions say nothing of an angle; where any was equally likely, a
@@ -97,18 +99,34 @@ class Thing:
 
         Each action lasts for its share of the clip (the whole, or one half), so the clip always
         covers all that the caption says; the rates are per second, so `fps` decides how far the
-        object gets.
+        object gets. The edge of the picture is a wall: an object stops there, or is pushed back by
+        it as it grows, so that whatever is asked next can begin wherever this ends.
         """
-        time = np.arange(frames) / fps
+        seconds = np.arange(frames) / fps
         share = frames / fps / len(self.actions)
-        state = np.zeros((4, frames))  # x, y, log radius, angle
+        path = np.empty((4, frames))  # x, y, log radius, angle
+        start = np.array([[self.x, self.y, np.log(RADII[self.size]), self.angle]]).T
         for i, action in enumerate(self.actions):
-            spent = np.clip(time - i * share, 0, share)  # seconds spent in this action so far
-            state += np.outer(rates(action), spent)
-        start = [self.x, self.y, np.log(RADII[self.size]), self.angle]
-        state += np.array(start)[:, None]
-        state[2] = np.exp(state[2])
-        return state.astype(np.float32)
+            spent = np.append(seconds - i * share, share)  # in this action; the last is its end
+            states = start + np.outer(rates(action), spent)
+            reach = np.exp(states[2]) * REACH[self.shape] + 1
+            states[:2] = states[:2].clip(reach, SIZE - reach)
+            begun = spent[:-1] >= 0
+            path[:, begun], start = states[:, :-1][:, begun], states[:, -1:]
+        path[2] = np.exp(path[2])
+        return path.astype(np.float32)
+
+    def free(self, frames, fps):
+        """The share of its way that an object gets before a wall stops it, in the action where that
+        is least; 1 for what does not move."""
+        x, y, _, _ = self.path(frames, fps)
+        shares, parts = [1.0], len(self.actions)
+        for i, action in enumerate(self.actions):
+            first, last = frames * i // parts, min(frames * (i + 1) // parts, frames - 1)
+            if action in DIRECTIONS and last > first:
+                way = np.array([x[last] - x[first], y[last] - y[first]]) @ DIRECTIONS[action]
+                shares.append(way / (SPEED * (last - first) / fps))
+        return min(shares)
 
 
 def rates(action):
@@ -118,14 +136,30 @@ def rates(action):
     return np.array([SPEED * dx, SPEED * dy, growth, SPIN if action == "spins" else 0])
 
 
-def place_in_frame(thing, rng, frames, fps):
-    """The same thing, which begins at 0, 0, somewhere where nothing of it leaves the frame on the
-    way."""
-    x, y, radius, _ = thing.path(frames, fps)
-    reach = radius * REACH[thing.shape] + 1
-    x = rng.uniform((reach - x).max(), (SIZE - reach - x).min())
-    y = rng.uniform((reach - y).max(), (SIZE - reach - y).min())
-    return replace(thing, x=x, y=y)
+def place_in_frame(thing, rng, frames, fps, middle=False):
+    """The same thing somewhere from where most of its way is free.
+
+    middle: it begins in the middle of the picture, where there is room for whatever comes after the
+    clip. Otherwise anywhere, now and then at a wall, as after another action. Raises ValueError
+    where the walls are too near.
+    """
+    reach = RADII[thing.size] * REACH[thing.shape] + 1
+    for _ in range(1000):
+        place = rng.uniform(0.4, 0.6, 2) if middle else rng.uniform(-0.1, 1.1, 2).clip(0, 1)
+        x, y = (float(v) for v in reach + place * (SIZE - 2 * reach))
+        placed = replace(thing, x=x, y=y)
+        if placed.free(frames, fps) > FREE:
+            return placed
+    raise ValueError(f"in {frames} frames, {fps:g} a second, things would run into the walls")
+
+
+def collide(scene, frames, fps):
+    """Do two objects of a scene come too close to be told apart?"""
+    paths = [(thing.path(frames, fps), REACH[thing.shape]) for thing in scene]
+    return any(
+        (np.hypot(x0 - x1, y0 - y1) < r0 * reach0 + r1 * reach1 + 2).any()
+        for ((x0, y0, r0, _), reach0), ((x1, y1, r1, _), reach1) in combinations(paths, 2)
+    )
 
 
 def held_out(colour, shape, actions):
@@ -134,13 +168,15 @@ def held_out(colour, shape, actions):
     return zlib.crc32(f"{colour} {shape} {', '.join(actions)}".encode()) % 10 == 0
 
 
-def render(things, frames=FRAMES, fps=FPS, size=SIZE):
-    """Draw a scene: uint8 (f, size, size, 3), anti-aliased; later objects lie over earlier ones."""
+def render(things, frames=FRAMES, fps=FPS, size=SIZE, where=slice(None)):
+    """Draw a scene: uint8 (f, size, size, 3), anti-aliased; later objects lie over earlier ones.
+
+    where: the indices of the frames to draw, all by default."""
     scale = np.float32(SIZE / size)
-    video = np.empty((frames, size, size, 3), np.uint8)
+    video = np.empty((len(np.arange(frames)[where]), size, size, 3), np.uint8)
     video[:] = BACKGROUND
     for thing in things:
-        x, y, radius, angle = thing.path(frames, fps)
+        x, y, radius, angle = thing.path(frames, fps)[:, where]
         # Only the square that the object can touch is drawn: most of a frame is background.
         reach = (radius * REACH[thing.shape]).max() + 2
         low_x, high_x = int((x.min() - reach) / scale), int((x.max() + reach) / scale) + 1
@@ -159,39 +195,51 @@ def render(things, frames=FRAMES, fps=FPS, size=SIZE):
     return video
 
 
-# The first wording of each motion is the canonical one.
+# What people call things, and how they say what these do; the first wording is the canonical one.
+NAMES = {"circle": ("circle", "ball", "disc"), "square": ("square", "box")}
 WORDINGS = {
-    "left": ("moves left", "goes to the left", "slides left"),
-    "right": ("moves right", "goes to the right", "slides right"),
-    "up": ("moves up", "goes up", "rises"),
-    "down": ("moves down", "goes down", "sinks"),
-    "grows": ("grows", "gets bigger"),
-    "shrinks": ("shrinks", "gets smaller"),
-    "spins": ("spins", "turns around"),
-    "stays still": ("stays still", "does not move"),
+    "left": (
+        "moves left", "goes left", "moves to the left", "slides to the left", "is moving left",
+        "moving left", "left",
+    ),
+    "right": (
+        "moves right", "goes right", "moves to the right", "slides to the right", "is moving right",
+        "moving right", "right",
+    ),
+    "up": ("moves up", "goes up", "rises", "slides upwards", "is moving up", "moving up", "up"),
+    "down": (
+        "moves down", "goes down", "sinks", "falls", "slides downwards", "is moving down",
+        "moving down", "down",
+    ),
+    "grows": ("grows", "gets bigger", "becomes larger", "is growing", "growing"),
+    "shrinks": ("shrinks", "gets smaller", "becomes smaller", "is shrinking", "shrinking"),
+    "spins": ("spins", "rotates", "turns around", "spins around", "is spinning", "rotating"),
+    "stays still": ("stays still", "does not move", "stands still", "stays where it is"),
 }
+THEN = (", then ", " and then ", " then ", ", and then ")
+WHILE = (" while ", " and ", ", ", " as ")
 
 
 def describe(things, rng=None):
-    """The caption of a scene; canonical wording, or varied by `rng` in half of the captions."""
+    """The caption of a scene: the canonical one, or in half of the cases, if `rng` is given, one as
+    people might type it."""
     varied = rng is not None and rng.random() < 0.5
 
-    def word(action):
-        options = WORDINGS[action]
-        return options[rng.integers(len(options))] if varied else options[0]
+    def choose(options):
+        return str(rng.choice(options)) if varied else options[0]
 
-    clauses = []
+    article, then, clauses = choose(("a", "the", "")), choose(THEN), []
     for thing in things:
-        size = "large" if varied and thing.size == "big" and rng.random() < 0.5 else thing.size
-        first = word(thing.actions[0])
-        clause = " ".join(filter(None, ["a", size, thing.colour, thing.shape, first]))
-        if len(thing.actions) == 2:
-            second = word(thing.actions[1])
-            if first.startswith("moves ") and second.startswith("moves "):
-                second = second.removeprefix("moves ")  # "moves right, then up"
-            clause += f"{' and' if varied and rng.random() < 0.3 else ','} then {second}"
-        clauses.append(clause)
-    return " while ".join(clauses)
+        adjectives = [choose(("big", "large")) if thing.size == "big" else thing.size, thing.colour]
+        if varied and rng.random() < 0.25:
+            adjectives.reverse()  # "a blue small star"
+        name = choose(NAMES.get(thing.shape, (thing.shape,)))
+        actions = [choose(WORDINGS[action]) for action in thing.actions]
+        verb = actions[0].split()[0] + " "
+        if verb in ("moves ", "goes "):  # "moves right, then up"
+            actions[1:] = [action.removeprefix(verb) for action in actions[1:]]
+        clauses.append(" ".join(filter(None, [article, *adjectives, name, then.join(actions)])))
+    return choose(WHILE).join(clauses) + choose(("", "", "."))
 
 
 class MovingShapes:
@@ -203,8 +251,10 @@ class MovingShapes:
     settings.
     """
 
-    two_objects = 0.2  # share of scenes with two objects
+    two_objects = 0.5  # share of scenes with two objects
     two_actions = 0.65  # share of single-object scenes with two actions in order
+    from_middle = 0.8  # share of single objects that begin in the middle of the picture
+    crowd = 4  # clips whose objects share a frame when single frames are learnt, at most
     skipped = {}  # as in `VideoFolder`: nothing here can be unreadable
 
     def __init__(
@@ -228,9 +278,20 @@ class MovingShapes:
     def caption(self, index):
         return self.describe(index)[0]
 
+    def captions(self, index):
+        return [self.caption(index)]
+
     def random_frames(self, index, rng, count):
-        """`count` different frames of a clip: uint8 (count, h, w, 3)."""
-        return self[index].video[rng.choice(self.frames, count, replace=False)]
+        """`count` different frames of a clip: uint8 (count, h, w, 3).
+
+        In training the objects of some other clips are drawn over them, because background, most of
+        a frame, is soon learnt."""
+        _, fps, scene = self.describe(index)
+        if self.split == "train":
+            others = rng.integers(self.length, size=rng.integers(self.crowd))
+            scene = scene + [thing for i in others for thing in self.describe(i)[2]]
+        where = rng.choice(self.frames, count, replace=False)
+        return render(scene, self.frames, fps, self.size, where)
 
     def identity(self):
         """All that the pictures depend on, as text."""
@@ -243,20 +304,15 @@ class MovingShapes:
         rng = np.random.default_rng((self.seed, index, self.split == "heldout"))
         fps = self.fps or rng.uniform(*FPS_RANGE)
         count = self.objects or 1 + int(rng.random() < self.two_objects)
-        scene = None
-        while scene is None:  # a scene whose objects would collide is drawn again
+        while True:
             scene = self._scene(rng, count, fps)
-        return describe(scene, rng), fps, scene
+            caption = describe(scene, rng)
+            if caption not in UNSEEN and not collide(scene, self.frames, fps):
+                return caption, fps, scene
 
     def _scene(self, rng, count, fps):
         colours = rng.permutation(list(COLOURS))  # distinct, so that words tell objects apart
-        scene = [self._thing(rng, str(colours[i]), count, fps) for i in range(count)]
-        if count == 2:
-            (x0, y0, r0, _), (x1, y1, r1, _) = (thing.path(self.frames, fps) for thing in scene)
-            reach = r0 * REACH[scene[0].shape] + r1 * REACH[scene[1].shape]
-            if (np.hypot(x0 - x1, y0 - y1) < reach + 2).any():
-                return None
-        return scene
+        return [self._thing(rng, str(colours[i]), count, fps) for i in range(count)]
 
     def _thing(self, rng, colour, count, fps):
         while True:
@@ -270,7 +326,8 @@ class MovingShapes:
         size = str(rng.choice(["small", "", "", "big"] if count == 1 else ["small", "small", ""]))
         angle = UPRIGHT.get(shape, 0.0) + rng.uniform(-TILT, TILT)
         thing = Thing(colour, shape, size, actions, 0.0, 0.0, angle)
-        return place_in_frame(thing, rng, self.frames, fps)
+        middle = count == 1 and rng.random() < self.from_middle
+        return place_in_frame(thing, rng, self.frames, fps, middle)
 
 
 # ------------------------------------------------------------------------------ caption oracle
@@ -455,6 +512,124 @@ def _compare(thing, reading):
     """Which of colour, shape, motion and order are right; the fifth, "all", is up to the caller."""
     actions = set(thing.actions) == set(reading.actions), thing.actions == reading.actions
     return np.array([thing.colour == reading.colour, thing.shape == reading.shape, *actions, True])
+
+
+# ------------------------------------------------------------------------------ paraphrases
+
+# Captions as people type them, and what should be seen: "colour shape: actions", one for each
+# object. `MovingShapes` never shows them: a model has to read them, not to recognise them.
+PARAPHRASES = {
+    "red circle right": "red circle: right",
+    "Red circle moves right.": "red circle: right",
+    "Blue star spins": "blue star: spins",
+    "Blue ring moves left": "blue ring: left",
+    "the green square rises": "green square: up",
+    "yellow triangle, moving down": "yellow triangle: down",
+    "A purple ball goes up": "purple circle: up",
+    "white box grows": "white square: grows",
+    "The white ring shrinks.": "white ring: shrinks",
+    "a red star, rotating": "red star: spins",
+    "green ball rises": "green circle: up",
+    "a blue box is moving left": "blue square: left",
+    "the yellow star gets smaller": "yellow star: shrinks",
+    "purple triangle rotating": "purple triangle: spins",
+    "A white disc falls.": "white circle: down",
+    "red box, turns around": "red square: spins",
+    "Green triangle gets bigger": "green triangle: grows",
+    "blue ball stands still": "blue circle: stays still",
+    "the yellow ring slides to the right": "yellow ring: right",
+    "purple square sinks": "purple square: down",
+    "white star moving up.": "white star: up",
+    "the red ring does not move": "red ring: stays still",
+    "Green star goes left": "green star: left",
+    "a blue triangle falls": "blue triangle: down",
+    "yellow disc becomes larger": "yellow circle: grows",
+    "The purple ring is growing": "purple ring: grows",
+    "white triangle moves to the right": "white triangle: right",
+    "RED SQUARE MOVES UP": "red square: up",
+    "green ring is shrinking.": "green ring: shrinks",
+    "the blue square spins around": "blue square: spins",
+    "yellow ball left": "yellow circle: left",
+    "A purple star sinks.": "purple star: down",
+    "white square stays where it is": "white square: stays still",
+    "the red triangle is spinning": "red triangle: spins",
+    "green disc moving right": "green circle: right",
+    "a blue star becomes smaller": "blue star: shrinks",
+    "Yellow box goes down": "yellow square: down",
+    "purple ball gets smaller": "purple circle: shrinks",
+    "white ring up": "white ring: up",
+    "a red disc, growing": "red circle: grows",
+    "small red ball moves left": "red circle: left",
+    "the big blue square rises.": "blue square: up",
+    "a green small star spins": "green star: spins",
+    "Large yellow triangle moves down": "yellow triangle: down",
+    "a purple big ring goes to the right": "purple ring: right",
+    "small white box rotates": "white square: spins",
+    "the small red star falls": "red star: down",
+    "big green ball shrinks": "green circle: shrinks",
+    "A blue large triangle rotates.": "blue triangle: spins",
+    "yellow small ring slides to the left": "yellow ring: left",
+    "the large purple box grows": "purple square: grows",
+    "big white star stands still": "white star: stays still",
+    "Small red square gets bigger.": "red square: grows",
+    "a green large disc goes left": "green circle: left",
+    "the blue small ring sinks": "blue ring: down",
+    "small yellow star moving right": "yellow star: right",
+    "big purple triangle up": "purple triangle: up",
+    "the white large ball rises": "white circle: up",
+    "a small red ring is moving up": "red ring: up",
+    "Big green box slides to the right": "green square: right",
+    "red circle right, then up": "red circle: right, up",
+    "The red ball moves right and then up.": "red circle: right, up",
+    "blue star grows and then spins": "blue star: grows, spins",
+    "a yellow triangle rotates, then sinks": "yellow triangle: spins, down",
+    "green box goes left, then down": "green square: left, down",
+    "The purple ring rises and then shrinks": "purple ring: up, shrinks",
+    "white star gets smaller and then rotates.": "white star: shrinks, spins",
+    "red square falls then stands still": "red square: down, stays still",
+    "a blue disc goes up then goes down": "blue circle: up, down",
+    "Yellow ring left then right": "yellow ring: left, right",
+    "the green star spins, and then moves left": "green star: spins, left",
+    "purple triangle gets bigger, then rises": "purple triangle: grows, up",
+    "white ball sinks, then is growing": "white circle: down, grows",
+    "red star stays still and then spins": "red star: stays still, spins",
+    "a small blue box down and then right": "blue square: down, right",
+    "The big yellow disc shrinks, then falls.": "yellow circle: shrinks, down",
+    "green triangle turns around, then grows": "green triangle: spins, grows",
+    "purple box moving up, then moving left": "purple square: up, left",
+    "white ring does not move, then rises": "white ring: stays still, up",
+    "Red triangle goes right and then rotates": "red triangle: right, spins",
+    "the blue ring becomes larger, then moves down": "blue ring: grows, down",
+    "yellow square spins and then gets smaller": "yellow square: spins, shrinks",
+    "a green ball moves to the left, then rises.": "green circle: left, up",
+    "purple star moves down, then stands still": "purple star: down, stays still",
+    "white triangle rises, then goes to the right": "white triangle: up, right",
+    "red ball left, blue box right": "red circle: left; blue square: right",
+    "A green square rises and a white ring falls.": "green square: up; white ring: down",
+    "the yellow star spins while the purple ball grows": "yellow star: spins; purple circle: grows",
+    "white triangle down, red ring up": "white triangle: down; red ring: up",
+    "blue disc stands still and green star rotates": "blue circle: stays still; green star: spins",
+    "a purple box shrinks as a yellow ring rises": "purple square: shrinks; yellow ring: up",
+    "Red star left and white ball left": "red star: left; white circle: left",
+    "the blue triangle sinks while the red square grows": "blue triangle: down; red square: grows",
+    "green ring moving right while yellow box spins": "green ring: right; yellow square: spins",
+    "a small white star falls, a small purple disc rises": "white star: down; purple circle: up",
+    "Yellow ball moves up, green triangle moves down": "yellow circle: up; green triangle: down",
+    "the red box gets smaller, the blue star gets bigger": "red square: shrinks; blue star: grows",
+    "purple ring goes left, white box stays still": "purple ring: left; white square: stays still",
+    "a blue ball rises while a red triangle rotates": "blue circle: up; red triangle: spins",
+    "green disc is growing, yellow star is moving left.": "green circle: grows; yellow star: left",
+}
+UNSEEN = {prompt.lower() for prompt in PARAPHRASES}
+
+
+def asked(meaning):
+    """The scene that a line of PARAPHRASES asks for, to be compared with `caption_accuracy`."""
+    scene = []
+    for part in meaning.split("; "):
+        name, actions = part.split(": ")
+        scene.append(Thing(*name.split(), "", tuple(actions.split(", ")), 32.0, 32.0, 0.0))
+    return scene
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ Letters used here: `b` batch, `l` text tokens, `d` feature width; in attention `
 queries, `j` keys, `d` width of a head.
 """
 
+import bisect
 import itertools
 import math
 import re
@@ -37,8 +38,9 @@ WORD = re.compile(r"[^\W_]+")
 
 
 def normalize(text):
-    """Lower case and single spaces: "A  Red circle " is the sentence that the model has learned."""
-    return " ".join(text.lower().split())
+    """Lower case, and one space before every word: "Red  circle " is " red circle". The first word
+    needs it as well, or "red" at the start of a sentence would be other tokens than elsewhere."""
+    return "".join(f" {word}" for word in text.lower().split())
 
 
 def merge_pair(ids, pair, new_id):
@@ -63,19 +65,25 @@ class Tokenizer:
     """Byte-level BPE; case and white space are kept, so every Unicode string round-trips.
 
     merges: (id, id) pairs in the order learned; merge number i makes token id 259 + i.
-    words: the words of the training texts, known to `unknown_words`; any case.
+    words: the words of the training texts, known to `unknown_words`; any case. first_space: does
+    the first word of a text carry a space, too? False for models trained when it did not.
     Raises ValueError if a merge uses an id that does not exist before it.
     """
 
-    def __init__(self, merges, words=()):
+    def __init__(self, merges, words=(), first_space=True):
+        self.first_space = first_space
         self.merges = [tuple(pair) for pair in merges]
         self.words = frozenset(word.lower() for word in words)
         self.ranks = {pair: rank for rank, pair in enumerate(self.merges)}
         # token_bytes[id]: the bytes that a token stands for, none for the specials.
         self.token_bytes = [b""] * FIRST_BYTE + [bytes([byte]) for byte in range(256)]
+        total = 0
         for a, b in self.merges:
             if not (FIRST_BYTE <= min(a, b) and max(a, b) < len(self.token_bytes)):
                 raise ValueError(f"merge ({a}, {b}) uses a token id that does not exist before it")
+            total += len(self.token_bytes[a]) + len(self.token_bytes[b])
+            if total > 2**24:  # in a damaged file each token may be twice as long as the last
+                raise ValueError(f"merge ({a}, {b}) makes more than 16 MiB of tokens")
             self.token_bytes.append(self.token_bytes[a] + self.token_bytes[b])
         self.cache = {}                      # piece -> ids; captions repeat a small set of words
 
@@ -128,6 +136,10 @@ class Tokenizer:
         """Count the words of these texts, captions of a fine-tuning set, as known too."""
         self.words |= {word for text in texts for word in WORD.findall(normalize(text))}
 
+    def prepare(self, text):
+        """The text as the model has learned to read it."""
+        return normalize(text) if self.first_space else normalize(text).removeprefix(" ")
+
     def encode_piece(self, piece):
         """Apply the merges to one piece, the earliest learned first, as training did."""
         if piece not in self.cache:
@@ -156,8 +168,20 @@ class Tokenizer:
 
     def words_and_lengths(self, text):
         """[(word or mark, number of its tokens)] of a text as `batch` encodes it."""
-        pieces = PIECE.findall(normalize(text))
+        pieces = PIECE.findall(self.prepare(text))
         return [(piece.strip(), len(self.encode_piece(piece))) for piece in pieces]
+
+    def cut(self, text, length):
+        """The first words of a text, as many as `batch` takes with this context length; the text
+        itself where that is all of them."""
+        words = normalize(text).split(" ")
+        tokens = [self.encode(" " * (i > 0) + word) for i, word in enumerate(words)]
+        ends = list(itertools.accumulate(len(ids) - 2 for ids in tokens))  # without start and end
+        if ends[-1] <= length - 2:
+            return text
+        # A word that is longer than all that is cut inside: a token is a byte or more.
+        first = words[0].encode(errors="replace")[: length - 2].decode(errors="ignore")
+        return " ".join(words[: bisect.bisect(ends, length - 2)]) or first
 
     def batch(self, texts, context_length, device=None):
         """Encode a list of strings, normalized, padded to the longest of them.
@@ -166,7 +190,7 @@ class Tokenizer:
         Raises ValueError if a text needs more than `context_length` tokens: cutting it silently
         would draw another sentence than the user's.
         """
-        rows = [self.encode(normalize(text)) for text in texts]
+        rows = [self.encode(self.prepare(text)) for text in texts]
         longest = max(len(row) for row in rows)
         if longest > context_length:
             raise ValueError(f"the text is {longest} tokens long and the limit is "
@@ -177,11 +201,12 @@ class Tokenizer:
 
     def state_dict(self):
         """Plain lists only, so that a checkpoint loads with `weights_only=True`."""
-        return {"merges": [list(pair) for pair in self.merges], "words": sorted(self.words)}
+        merges = [list(pair) for pair in self.merges]
+        return {"merges": merges, "words": sorted(self.words), "first_space": self.first_space}
 
     @classmethod
     def from_state_dict(cls, state):
-        return cls(state["merges"], state["words"])
+        return cls(state["merges"], state["words"], state.get("first_space", False))
 
 
 def attention_weights(q: Tensor, k: Tensor, mask: Tensor | None = None) -> Tensor:

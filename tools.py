@@ -1,15 +1,16 @@
-"""What every command of this project shares and no reader needs at first: manners (one-line errors,
-interrupts, closed streams), types of arguments, device and precision, files that appear whole or
-not at all, and checkpoints.
-
-A command imports this module first: from then on Ctrl-C is one line, during the other imports, too.
+"""What every command shares and no reader needs at first: manners (errors, interrupts, closed
+streams), types of arguments, device and precision, files that appear whole or not at all, and
+checkpoints. Commands import it first: from then on Ctrl-C is one line, in other imports, too.
 """
 
 import argparse
+import ast
 import contextlib
+import hashlib
 import json
 import math
 import os
+import re
 import signal
 import sys
 import warnings
@@ -47,8 +48,9 @@ def printable(text: object) -> str:
 def reason(error: Exception) -> str:
     """What went wrong, in one line."""
     text = getattr(error, "strerror", None) or str(error)
-    named = f"{type(error).__name__} {text}" if isinstance(error, KeyError) or not text else text
-    return named.splitlines()[0]
+    if isinstance(error, KeyError) or not text:
+        text = f"{type(error).__name__} {text}"
+    return text.splitlines()[0]
 
 
 class Stream:
@@ -72,6 +74,8 @@ class Stream:
         return len(text)
 
 
+SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP")
+           if hasattr(signal, name)]  # Windows has no SIGHUP
 interrupts = []  # signals that asked this program to end
 
 
@@ -80,13 +84,35 @@ def interrupt(number, frame):
     raise KeyboardInterrupt
 
 
+@contextlib.contextmanager
+def noted_signals():
+    """A list that grows by the numbers of signals, instead of their usual effect: of Ctrl-C; of
+    SIGTERM, with which torchrun and job schedulers end a process; and of SIGHUP, of a terminal that
+    was closed. A second one ends the program at once."""
+    handlers = {number: signal.getsignal(number) for number in SIGNALS}
+    handlers = {n: old for n, old in handlers.items() if old != signal.SIG_IGN}  # as by nohup
+    noted = []
+
+    def note(number, frame):
+        noted.append(number)
+        if processes() == 1:  # torchrun passes signals on, so that each comes twice
+            signal.signal(number, handlers[number])
+
+    for number in handlers:
+        signal.signal(number, note)
+    try:
+        yield noted
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
 def out_of_memory(error: Exception) -> bool:
     """Is it a full memory? PyTorch has no error of its own for that on a CPU, and cuBLAS and cuDNN
     say it in their own words."""
-    texts = ("out of memory", "can't allocate memory", "not enough memory", "ALLOC_FAILED",
-             "ALLOCATION_FAILED", "STATUS_NOT_INITIALIZED", "unable to find an engine",
-             "valid cuDNN algorithm")
-    full = isinstance(error, RuntimeError) and any(text in str(error) for text in texts)
+    words = ("out of memory|can't allocate memory|not enough memory|ALLOC_FAILED|ALLOCATION_FAILED"
+             "|STATUS_NOT_INITIALIZED|unable to find an engine|valid cuDNN algorithm")
+    full = isinstance(error, RuntimeError) and re.search(words, str(error)) is not None
     return full or isinstance(error, MemoryError)
 
 
@@ -94,29 +120,27 @@ def run_command(command: Callable):
     """Call `command()` for a command line. What the user can mend, such as a UserError or a full
     disk or memory, ends it with one line and exit status 2; Ctrl-C, SIGTERM and SIGHUP with status
     128 + the signal's number, after files that are not complete have been deleted."""
-    def fail(message):
-        print(f"error: {printable(message)}", file=sys.stderr)
-        sys.exit(2)
-
     interrupts.clear()
-    for name in ("SIGINT", "SIGTERM", "SIGHUP"):  # Windows has no SIGHUP, and nohup ignores it
-        if hasattr(signal, name) and signal.getsignal(getattr(signal, name)) != signal.SIG_IGN:
-            signal.signal(getattr(signal, name), interrupt)
-    streams = Stream(sys.stdout), Stream(sys.stderr)
-    with contextlib.redirect_stdout(streams[0]), contextlib.redirect_stderr(streams[1]):
+    for number in SIGNALS:
+        if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
+            signal.signal(number, interrupt)
+    out, err = Stream(sys.stdout), Stream(sys.stderr)
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
-            command()
+            return command()
         except UserError as error:
-            fail(error)
+            message = error
         except OSError as error:
-            fail(f"{error.filename}: {reason(error)}" if error.filename else reason(error))
+            message = f"{error.filename}: {reason(error)}" if error.filename else reason(error)
         except (MemoryError, RuntimeError) as error:
             if not out_of_memory(error):
                 raise
-            fail("the memory is full: try a smaller batch, fewer frames, or --device cpu")
+            message = "the memory is full: try a smaller batch, fewer frames, or --device cpu"
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
             sys.exit(128 + (interrupts or [signal.SIGINT])[-1])
+        print(f"error: {printable(message)}", file=sys.stderr)
+        sys.exit(2)
 
 
 class Parser(argparse.ArgumentParser):
@@ -136,24 +160,28 @@ def number(kind: type, low: float, high: float) -> Callable:
     """An argparse type: int or float from `low` to `high`."""
 
     def parse(text):
-        try:
-            value = kind(text)
-        except ValueError:
-            value = None
-        if value is None or not low <= value <= high:
-            name = {int: "a whole number", float: "a number"}[kind]
-            raise argparse.ArgumentTypeError(f"{text!r} is not {name} from {low} to {high}")
-        return value
+        with contextlib.suppress(ValueError):
+            if low <= kind(text) <= high:
+                return kind(text)
+        name = "a whole number" if kind is int else "a number"
+        raise argparse.ArgumentTypeError(f"{text!r} is not {name} from {low} to {high}")
 
     return parse
 
 
+def frame_size(text: str) -> int | tuple:
+    """An argparse type: the side of a square, or WIDTHxHEIGHT."""
+    parts = text.lower().split("x")
+    size = tuple(int(side) for side in parts if side.isdecimal())
+    if not len(parts) == len(size) < 3 or not 8 <= min(size) <= max(size) <= 4096:
+        raise argparse.ArgumentTypeError(f"{text!r} is not 64 or 96x64, from 8 to 4096 pixels")
+    return size[0] if len(set(size)) == 1 else size
+
+
 def print_row(**row):
     """A row of a table as one JSON line on stdout, numbers with four digits."""
-    for name, value in row.items():
-        if hasattr(value, "item") or isinstance(value, float):
-            row[name] = float(f"{value:.4g}")
-    print(json.dumps(row), flush=True)
+    numbers = {k: v for k, v in row.items() if hasattr(v, "item") or isinstance(v, float)}
+    print(json.dumps(row | {k: float(f"{v:.4g}") for k, v in numbers.items()}), flush=True)
 
 
 # ------------------------------------------------------------------------------ messages
@@ -161,15 +189,30 @@ def print_row(**row):
 def progress(items, title, done, total):
     """A progress bar on stderr around the items that are left."""
     interval = 0.5 if sys.stderr.isatty() else 60  # seconds; few lines when stderr is a file
-    return tqdm(
-        items, title, initial=done, total=total, mininterval=interval, disable=process() > 0
-    )
+    return tqdm(items, title, initial=done, total=total, mininterval=interval,
+                disable=process() > 0)
 
 
 def say(text):
     """A line on stderr, above a progress bar if there is one."""
     if process() == 0:
         tqdm.write(text, file=sys.stderr)
+
+
+def read_log(path: Path) -> list[dict]:
+    """The lines of log.jsonl as dicts, those that are not damaged."""
+    lines, known = path.read_bytes().splitlines() if path.is_file() else [], []
+    for line in lines:
+        with contextlib.suppress(AttributeError, KeyError, RecursionError, ValueError):
+            values = json.loads(line)
+            numbers = [value for name, value in values.items() if name != "stage"]
+            if values["stage"] in ("vae", "diffusion") and type(values["step"]) is int and all(
+                type(value) in (int, float) for value in numbers
+            ):
+                known.append(values)
+    if len(known) < len(lines):
+        say(f"{path}: {len(lines) - len(known)} damaged lines dropped")
+    return known
 
 
 def memory_gib():
@@ -194,8 +237,8 @@ def join_processes(device):
     if "LOCAL_RANK" in os.environ:  # set by torchrun
         if device.type == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        # The others wait for as long as the first one encodes the data set.
         backend = "nccl" if device.type == "cuda" else "gloo"
+        # The others wait for as long as the first one encodes the data set.
         dist.init_process_group(backend, timeout=timedelta(days=1))
 
 
@@ -225,16 +268,17 @@ def parts(batch, count, device):
     one after the other, for --grad-accum."""
     pieces = (x.tensor_split(count * processes())[process() :: processes()] for x in batch)
     for part in zip(*pieces):
-        yield len(part[0]) / len(batch[0]), [x.to(device) for x in part]
+        # Out of pinned memory the copy runs beside the computation.
+        yield len(part[0]) / len(batch[0]), [x.to(device, non_blocking=True) for x in part]
 
 
 def sum_over_processes(values, parameters=()):
-    """Adds up what the processes found, each in its share of the batch: a dict of floats, which is
-    returned, and the gradients of the parameters, where they are."""
+    """Adds up what the processes found, each in its share of the batch: a dict of scalar tensors,
+    which is returned, and the gradients of the parameters, where they are."""
     if processes() == 1:
         return values
     device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-    tensors = [torch.tensor(list(values.values()), device=device)]
+    tensors = [torch.stack([value.float().to(device) for value in values.values()])]
     for p in parameters:
         p.grad = torch.zeros_like(p) if p.grad is None else p.grad  # not in this one's share
         tensors.append(p.grad)
@@ -242,7 +286,19 @@ def sum_over_processes(values, parameters=()):
     dist.all_reduce(flat)
     for x, total in zip(tensors, flat.split([x.numel() for x in tensors])):
         x.copy_(total.view(x.shape))
-    return dict(zip(values, tensors[0].tolist()))
+    return dict(zip(values, tensors[0]))
+
+
+def accumulate(sums, share, values):
+    """Adds `share` times each of the values to the sum of the same name."""
+    for name, value in values.items():
+        value = value.detach() if isinstance(value, torch.Tensor) else value
+        sums[name] = sums.get(name, 0.0) + share * value
+
+
+def read(values: dict[str, torch.Tensor]) -> dict[str, float]:
+    """The numbers in scalar tensors: the device is waited for once."""
+    return dict(zip(values, torch.stack([v.float() for v in values.values()]).tolist()))
 
 
 # ------------------------------------------------------------------------------ device
@@ -252,15 +308,13 @@ DEVICES = ("auto", "cpu", "cuda", "mps")
 
 
 def pick_device(name: str, precision: str | None = None) -> torch.device:
-    """One of DEVICES -> torch.device, and PyTorch's settings for it and for --precision.
-
-    "auto" is a CUDA GPU where there is one, else the CPU. "mps", an Apple GPU, follows PyTorch's
-    documentation and has never been tried. Raises UserError where PyTorch does not see the device.
-    """
+    """One of DEVICES -> torch.device, and PyTorch's settings for it and for --precision. "auto" is
+    CUDA where it is there, else the CPU; "mps", an Apple GPU, has never been tried. Raises
+    UserError where PyTorch does not see the device."""
     kinds = {"cuda": ("CUDA", torch.cuda), "mps": ("Apple", torch.backends.mps)}
     if name in kinds and not kinds[name][1].is_available():
-        raise UserError(f"--device {name}: PyTorch sees no {kinds[name][0]} GPU here; use "
-                        "--device cpu")
+        raise UserError(
+            f"--device {name}: PyTorch sees no {kinds[name][0]} GPU here; use --device cpu")
     # cuDNN's attention would take about half a second to prepare for every new shape.
     torch.backends.cuda.enable_cudnn_sdp(False)
     if precision == "fp32":  # TF32 keeps 10 bits of each number, and convolutions use it by default
@@ -271,17 +325,12 @@ def pick_device(name: str, precision: str | None = None) -> torch.device:
 
 
 def product_dtype(device: torch.device, precision: str | None = None) -> torch.dtype:
-    """The number format of matrix products: bfloat16 where the hardware multiplies such matrices
-    faster than float32 ones. Recent CUDA GPUs do, CPUs with AMX tiles, and AMD's from Zen 4 on.
-
-    precision: "bf16" or "fp32" instead, whatever the hardware."""
-    if precision is not None:
-        fast = precision == "bf16"
-    elif device.type == "cuda":
+    """The number format of matrix products: what --precision says, or bfloat16 where it is faster:
+    on recent CUDA GPUs, on CPUs with AMX tiles, and on AMD's from Zen 4 on."""
+    fast = precision == "bf16"
+    if precision is None and device.type == "cuda":
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
-    elif device.type == "mps":
-        fast = False
-    else:
+    elif precision is None and device.type == "cpu":
         cpu = getattr(torch.cpu, "get_capabilities", dict)()  # older versions of PyTorch: none
         amd = cpu.get("cpu_name", "").startswith("AMD")
         fast = cpu.get("amx_bf16", False) or amd and cpu.get("avx512_bf16", False)
@@ -345,9 +394,7 @@ def locked(folder):
 
 def load_tensors(path: Path, kind: str) -> object:
     """What torch.save wrote: tensors and plain values; nothing in the file is imported or run.
-
-    Raises UserError, which calls the file a `kind`, where it cannot be read.
-    """
+    Raises UserError, which calls the file a `kind`, where it cannot be read."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of a foreign pickle, one error says enough
@@ -357,7 +404,7 @@ def load_tensors(path: Path, kind: str) -> object:
 
 
 def save_atomically(checkpoint: dict, path: Path):
-    """torch.save that leaves the old file or the new one, never half of one. Raises UserError."""
+    """torch.save that leaves the old file or the new one. Raises UserError."""
     with atomic_path(path) as temporary:
         try:
             torch.save(checkpoint, temporary)
@@ -386,7 +433,7 @@ def fits(value: object, default: object, high: int) -> bool:
     """Is it a value for a config's field with this default? Whole numbers are at most `high`."""
     if isinstance(default, tuple):
         return type(value) in (tuple, list) and 0 < len(value) <= 16 and all(
-            fits(part, default[0], high) for part in value)
+            fits(part, default[0], high) for part in value if default)
     if type(default) is int:
         return type(value) is int and min(1, default) <= value <= high
     if default is None or type(default) is float:
@@ -405,6 +452,39 @@ def read_config(config_class: type, values: dict) -> object:
         if not fits(value, defaults[name], 64 if name in ("blocks", "depth") else 2**20):
             raise ValueError(f"{name} cannot be {value!r:.40}")
     return config_class(**{k: tuple(v) if type(v) is list else v for k, v in values.items()})
+
+
+def read_value(text: str) -> object:
+    """The plain Python value that a text means, or where it means none the text itself."""
+    words = re.sub(r"\b(true|false|none)\b", lambda match: match[0].title(), text)
+    try:
+        return ast.literal_eval(words)
+    except (MemoryError, RecursionError, SyntaxError, ValueError):
+        return text
+
+
+def set_fields(configs: dict, assignments: list[str]) -> dict:
+    """{part: config} with the values of assignments such as "unet.widths=96,192" in place of their
+    own. Raises UserError, which names what exists."""
+    changes = {part: {} for part in configs}
+    for assignment in assignments:
+        name, _, text = assignment.partition("=")
+        part, _, name = name.partition(".")
+        if part not in configs:
+            raise UserError(f"--set {assignment}: write PART.FIELD=VALUE, with a PART of "
+                            f"{', '.join(configs)}")
+        own, value = getattr(configs[part], name, None), read_value(text)
+        if isinstance(own, tuple) and not isinstance(value, (list, tuple)):
+            value = (value,)
+        is_float = type(own) is float and type(value) is int and abs(value) < 2**53
+        changes[part][name] = float(value) if is_float else value
+    for part, values in changes.items():
+        try:
+            values = vars(configs[part]) | values
+            configs = configs | {part: read_config(type(configs[part]), values)}
+        except (OverflowError, ValueError) as error:
+            raise UserError(f"--set {part}: {error}") from error
+    return configs
 
 
 def check_weights(state: dict, expected: dict):
@@ -426,7 +506,7 @@ def check_weights(state: dict, expected: dict):
     refuse("the config asks for other shapes than", [
         f"{k} {tuple(x.shape)}" for k, x in state.items() if x.shape != expected[k].shape])
     stored = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in state.values()}
-    if sum(x.numel() * x.element_size() for x in state.values()) > sum(stored.values()):
+    if sum(x.nbytes for x in state.values()) > sum(stored.values()):
         raise ValueError("the tensors are larger than what the file holds of them")
     refuse("not finite:", [k for k, x in state.items() if not x.isfinite().all()])
 
@@ -444,3 +524,37 @@ def unpack(model_class: type, config_class: type, packed: dict) -> torch.nn.Modu
     except Exception as error:  # damaged values fail in many ways
         raise UserError(f"the checkpoint's {model_class.__name__}: {reason(error)}") from error
     return model.float().eval()
+
+
+def digest(text: str, model: torch.nn.Module | None = None) -> str:
+    """A text that tells a text, and the weights of a model, from any others."""
+    total = hashlib.sha256(text.encode())
+    for value in model.state_dict().values() if model else ():
+        total.update(value.numpy(force=True).tobytes())
+    return total.hexdigest()
+
+
+def restore(state: dict, models: dict, optimizers: dict, path: Path):
+    """Fills models and optimizers with those of a training state, which was read from `path`.
+    Raises UserError."""
+    try:
+        for kind, own in {"models": models, "optimizers": optimizers}.items():
+            if state[kind].keys() != own.keys():
+                raise ValueError(f"{kind} {', '.join(map(str, state[kind]))}")
+        for name, model in models.items():
+            check_weights(state["models"][name], model.state_dict())
+            model.load_state_dict(state["models"][name])
+        for name, optimizer in optimizers.items():
+            # Checked one by one, because a fused step reads whatever lies in memory.
+            parameters = [p for group in optimizer.param_groups for p in group["params"]]
+            keys = ["momentum"] if name == "muon" else ["step", "exp_avg", "exp_avg_sq"]
+            for i, values in state["optimizers"][name].items():
+                like = {key: torch.zeros(()) if key == "step" else parameters[i] for key in keys}
+                check_weights(values, like)
+            groups = optimizer.state_dict()["param_groups"]
+            optimizer.load_state_dict(
+                {"state": state["optimizers"][name], "param_groups": groups}
+            )
+    except Exception as error:  # damaged values fail in many ways
+        raise UserError(f"{path} does not fit the preset as it is now ({error}): restore its "
+                        "settings, or choose another --out") from error

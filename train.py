@@ -7,8 +7,11 @@
 
 A run folder holds `config.json`, `log.jsonl` (one JSON object per logged step), `vae.pt`, `last.pt`
 (the whole training state, for --resume), `model.pt` (self-contained: what sample.py takes),
-`latents.bin` and `latents.json` (the encoded data set), `skipped.txt` (unusable videos), `samples/`
-and, with --tensorboard, `tensorboard/`.
+`latents.bin` and `latents.json` (the encoded data set; `held_out.*` of what is not trained on),
+`skipped.txt` (unusable videos) and `samples/`: drawn clips beside real ones, and `loss.png`.
+
+In log.jsonl, `loss_1` to `loss_4` are the losses at the timesteps of the first to the last quarter,
+from little noise to much; `held_out_loss` and so on are those of clips that are not trained on.
 
 Every random draw of step n comes from a generator seeded by (seed, n). So a resumed run sees the
 very batches, noise and masks that an uninterrupted one would have seen, and no random state needs
@@ -17,18 +20,16 @@ saving. Killed at any moment and resumed, on the same CPU, a run ends with the s
 Letters used here: `b` batch, `c` channels, `f` frames, `h w` height and width, `t` timestep.
 """
 
-from tools import DEVICES, Parser, UserError, atomic_path, autocast, check_weights
-from tools import first_process_first, join_processes, load_checkpoint, locked, memory_gib, number
-from tools import out_of_memory, pack, parts, pick_device, printable, process, processes
-from tools import product_dtype, progress, run_command, save_atomically, say, sum_over_processes
-from tools import unpack
+from tools import DEVICES, Parser, UserError, accumulate, atomic_path, autocast, digest
+from tools import first_process_first, frame_size, join_processes, load_checkpoint, locked
+from tools import memory_gib, noted_signals, number, out_of_memory, pack, parts, pick_device
+from tools import printable, process, processes, product_dtype, progress, read, read_log, restore
+from tools import run_command, save_atomically, say, set_fields, sum_over_processes, unpack
 
 import argparse
 import contextlib
 import copy
 import functools
-import hashlib
-import importlib.util
 import json
 import math
 import os
@@ -48,12 +49,12 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 from torch.utils.checkpoint import checkpoint
 
-from data import FPS, DataError, VideoError, VideoFolder, contact_sheet, prefetch, read_ahead
-from data import to_model, to_uint8, write_video
+from data import FRAMES, DataError, VideoError, VideoFolder, chart, contact_sheet, different
+from data import evenly, prefetch, read_ahead, sides, to_model, to_uint8, write_picture, write_video
 from diffusion import DiffusionConfig, NoiseSchedule, diffusion_loss
-from sample import Pipeline, load_pipeline
+from sample import Pipeline, captioned_grid, load_pipeline, read_prompts
 from shapes import MovingShapes
-from text_encoder import TextEncoder, TextEncoderConfig, Tokenizer
+from text_encoder import TextEncoder, TextEncoderConfig, Tokenizer, normalize
 from unet3d import SpaceTimeBlock, UNet3D, UNet3DConfig
 from vae import AutoencoderKL, ResBlock, VAEConfig, VAELoss, VAELossConfig
 
@@ -64,13 +65,12 @@ def train_vae(args: argparse.Namespace, preset: "Preset", device: torch.device) 
     """Stage 1: train the autoencoder on single frames; writes vae.pt."""
     torch.manual_seed(args.seed)  # of the initial weights
     dataset = open_dataset(args, preset)
-    if args.init:
-        vae = unpack(AutoencoderKL, VAEConfig, load_checkpoint(args.init, "vae")["vae"])
-    else:
-        vae = AutoencoderKL(preset.vae)
+    weights = args.init and load_checkpoint(args.init, "vae")["vae"]
+    vae = unpack(AutoencoderKL, VAEConfig, weights) if weights else AutoencoderKL(preset.vae)
     vae = vae.to(device).train()
     run = Run(args, adopt(args, preset, vae=vae.config), {"data": digest(dataset.identity())})
-    dataset, test = hold_out(args, preset.size, dataset)
+    dataset, test = hold_out(args, preset, dataset)
+    test = held_out_frames(test, dataset)
     config, vae_loss = run.config, make_vae_loss(args, run.preset.vae_loss).to(device)
     models, optimizers = {"vae": vae}, make_optimizers(vae, config, args.precision)
     if vae_loss.discriminator is not None:
@@ -82,29 +82,33 @@ def train_vae(args: argparse.Namespace, preset: "Preset", device: torch.device) 
     run.begin(models, optimizers)
     economize(args, vae.encoder, vae.decoder)
 
-    draw = functools.partial(draw_frames, dataset, args.seed, config.batch_size)
-    side = preset.size // vae.config.factor
-    latent_shape = (config.batch_size, vae.config.latent_channels, side, side)
-    for step, frames in zip(run.steps(), prefetch(draw, range(run.start, config.steps))):
-        noise = torch.randn(latent_shape, generator=generator(args.seed, step))
+    shape = (config.batch_size, *vae.config.latent_shape(*sides(preset.size)))
+
+    def draw(step):
+        frames = torch.from_numpy(draw_frames(dataset, args.seed, config.batch_size, step))
+        return pinned((frames, torch.randn(shape, generator=generator(args.seed, step))), device)
+
+    for step, batch in zip(run.steps(), prefetch(draw, range(run.start, config.steps))):
         set_learning_rate(optimizers, step, config)
         for optimizer in optimizers.values():
             optimizer.zero_grad()
         values = {}
-        for share, (x, eps) in parts((frames, noise), args.grad_accum, device):
+        for share, (frames, eps) in parts(batch, args.grad_accum, device):
+            x = pictures(frames)
             with autocast(device, args.precision):
                 posterior = vae.encode(x)
                 x_hat = vae.decode(posterior.sample(eps))
                 loss, terms = vae_loss.generator_loss(x, x_hat, posterior, vae.last_layer, step)
             (share * loss).backward()
-            terms = {"loss": loss.item(), **terms, "psnr": psnr(x, x_hat)}
+            terms = {"loss": loss, **terms, "psnr": psnr(x, x_hat)}
             if vae_loss.discriminator is not None:
                 with autocast(device, args.precision):
                     loss = vae_loss.discriminator_loss(x, x_hat)
                 (share * loss).backward()
-                terms["discriminator"] = loss.item()
+                terms["discriminator"] = loss
             accumulate(values, share, terms)
-        values["grad"] = clip_grad_norm_(vae.parameters(), config.grad_clip).item()
+        values["grad"] = clip_grad_norm_(vae.parameters(), config.grad_clip)
+        values = read(values)
         run.check_finite(values["loss"], values["grad"], values.get("discriminator", 0))
         for optimizer in optimizers.values():
             optimizer.step()
@@ -124,17 +128,18 @@ def train_vae(args: argparse.Namespace, preset: "Preset", device: torch.device) 
 def train_diffusion(args: argparse.Namespace, preset: "Preset", device: torch.device) -> None:
     """Stage 2: train text encoder and UNet on the autoencoder's latents; writes model.pt."""
     torch.manual_seed(args.seed)  # of the initial weights
-    tokenizer, text_encoder, unet, schedule, vae = build_models(args, preset)
-    preset = adopt(args, preset, vae=vae.config, text=text_encoder.config, unet=unet.config,
-                   diffusion=schedule.config)
+    vae, whole, configs = load_models(args)
+    preset = adopt(args, preset, **configs)
     dataset = open_dataset(args, preset)
-    digests = {"data": digest(dataset.identity()), "autoencoder": digest("", vae)}
-    run = Run(args, preset, digests)
-    config = run.config
-    captions = [dataset.caption(i) for i in range(len(dataset))]
-    tokenizer, tokens, token_mask = encode_captions(
-        run.tokenizer or tokenizer, captions, text_encoder.config, device
-    )
+    run = Run(args, preset, {"data": digest(dataset.identity()), "autoencoder": digest("", vae)})
+    dataset, held_out = hold_out(args, preset, dataset)
+    (captions, wordings), (others, _) = list_captions(dataset), list_captions(held_out)
+    tokenizer = run.tokenizer or (whole and whole.tokenizer) or run.make_tokenizer(captions)
+    preset, config = run.preset, run.config
+    captions, *words = encode_captions(tokenizer, captions, preset.text, device, others)
+    prompts = [tokenizer.cut(prompt, preset.text.context_length)
+               for prompt in args.prompts or different(captions, 4)]
+    text_encoder, unet, schedule = build_models(whole, preset)
     vae = vae.to(device)
     model = nn.ModuleDict({"text_encoder": text_encoder, "unet": unet}).to(device).train()
     ema, optimizers = EMA(model, config.ema), make_optimizers(model, config, args.precision)
@@ -143,39 +148,42 @@ def train_diffusion(args: argparse.Namespace, preset: "Preset", device: torch.de
 
     with first_process_first():
         clips, fps, latents = encode_dataset(vae, dataset, device, run.out, args.precision)
+    measured = draw_held_out(run, vae, held_out, device, len(captions), schedule)
     report_skipped(dataset, run.out)
-    prompts, rate = PROMPTS, FPS
-    if args.data != "shapes":
-        prompts, rate = typical(captions, 4), max(round(fps.median().item(), 1), 0.1)
-    about = {"frames": dataset.frames, "size": preset.size, "captions": typical(captions, 1000),
-             "fps": [fps.min().clamp(0.1).item(), fps.max().clamp(max=1000).item()]}
-    pipeline = Pipeline(
-        tokenizer, ema.model["text_encoder"], ema.model["unet"], vae, schedule, device, about
-    )
+    about = describe_data(dataset, captions, fps)
+    pipeline = Pipeline(tokenizer, *ema.model.values(), vae, schedule, device, about)
     pipeline.precision = args.precision
-    for step in run.steps():
-        batch = draw_batch(args.seed, step, config, clips, fps, latents, schedule)
+    real, rates = real_clips(dataset, captions, wordings, clips.tolist(), fps, prompts)
+
+    def draw(step):
+        rows, *rest = draw_batch(args.seed, step, config, clips, fps, latents, schedule)
+        return pinned([reword(args.seed, step, rows, wordings), *rest], device)
+
+    for step, batch in zip(run.steps(), prefetch(draw, range(run.start, config.steps), workers=1)):
         set_learning_rate(optimizers, step, config)
         for optimizer in optimizers.values():
             optimizer.zero_grad()
         values = {}
         for share, part in parts(batch, args.grad_accum, device):
             with autocast(device, args.precision):
-                loss = text_to_video_loss(model, schedule, tokens, token_mask, *part)
-            (share * loss).backward()
-            accumulate(values, share, {"loss": loss.item()})
+                losses = text_to_video_loss(model, schedule, *words, *part)
+            (share * losses.mean()).backward()
+            accumulate(values, share, by_noise(losses, part[4], schedule.config.timesteps))
         values = sum_over_processes(values, model.parameters())
-        values["grad"] = clip_grad_norm_(model.parameters(), config.grad_clip).item()
+        values["grad"] = clip_grad_norm_(model.parameters(), config.grad_clip)
+        values = read(values)
         run.check_finite(*values.values())
         for optimizer in optimizers.values():
             optimizer.step()
         ema.update(model, step)
         run.log(step, values)
         if run.due(step):
-            draw_samples(pipeline, run.out / f"samples/step_{step + 1:06d}.gif", prompts, rate)
+            path = run.out / f"samples/step_{step + 1:06d}.gif"
+            draw_samples(pipeline, path, prompts, real, rates)
+            measure(run, step, model, schedule, words, measured, device)
         run.save(step, lambda: save_pipeline(pipeline, run.out / "model.pt"))
     if process() == 0:
-        print(f"python sample.py {shlex.quote(prompts[0])} --fps {rate:g} --checkpoint "
+        print(f"python sample.py {shlex.quote(prompts[0])} --fps {rates[0]:g} --checkpoint "
               f"{shlex.quote(str(run.out / 'model.pt'))}")
 
 
@@ -187,15 +195,19 @@ def generator(seed: int, step: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed * 1_000_003 + step)
 
 
-def accumulate(sums, share, values):
-    """Adds `share` times each of the values to the sum of the same name."""
-    for name, value in values.items():
-        sums[name] = sums.get(name, 0.0) + share * value
+def pinned(batch, device):
+    """Tensors where a GPU can fetch them by itself."""
+    return [x.pin_memory() if device.type == "cuda" else x for x in batch]
 
 
-def draw_frames(dataset, seed: int, count: int, step: int, per_video: int = 2) -> Tensor:
-    """The frames of a step of stage 1: (count, 3, h, w) in [-1, 1]. Raises DataError where no video
-    can be used."""
+def pictures(frames: Tensor | np.ndarray) -> Tensor:
+    """uint8 (n, h, w, 3) -> float (n, 3, h, w) in [-1, 1]."""
+    return to_model(frames[:, None])[:, :, 0]
+
+
+def draw_frames(dataset, seed: int, count: int, step: int, per_video: int = 2) -> np.ndarray:
+    """The frames of a step of stage 1: uint8 (count, h, w, 3). Raises DataError where no video can
+    be used."""
     frames, attempt, failures = [], 0, 0
     while len(frames) * per_video < count:
         # What is drawn must not depend on what failed, in this step or before it.
@@ -208,7 +220,16 @@ def draw_frames(dataset, seed: int, count: int, step: int, per_video: int = 2) -
             failures += 1
             if failures > 10 * len(dataset) + 100:
                 raise dataset.unusable()
-    return to_model(np.concatenate(frames)[None, :count])[0].transpose(0, 1)
+    return np.concatenate(frames)[:count]
+
+
+def held_out_frames(held_out, dataset):
+    """HELD_OUT frames (n, 3, h, w) of the videos held out, or where the few of a small folder
+    cannot be used, of the others."""
+    try:
+        return pictures(draw_frames(held_out, 0, HELD_OUT, 0))
+    except DataError:
+        return pictures(draw_frames(dataset, 0, HELD_OUT, 0))
 
 
 def make_vae_loss(args, config):
@@ -216,16 +237,16 @@ def make_vae_loss(args, config):
     if not args.vgg:
         return VAELoss(config)
     try:
-        return VAELoss(replace(config, vgg_weight=VGG_WEIGHT), args.vgg)
+        return VAELoss(replace(config, vgg_weight=config.vgg_weight or VGG_WEIGHT), args.vgg)
     except Exception as error:  # as many kinds as there are wrong files
         raise UserError(f"--vgg {args.vgg} cannot be read as torchvision's vgg16-397923af.pth"
                         ) from error
 
 
-def psnr(x: Tensor, x_hat: Tensor) -> float:
+def psnr(x: Tensor, x_hat: Tensor) -> Tensor:
     """Peak signal-to-noise ratio in dB of values in [-1, 1] (peak to peak 2)."""
     mse = (x.clamp(-1, 1) - x_hat.float().clamp(-1, 1)).square().mean()
-    return (10 * torch.log10(4 / mse.clamp(min=1e-10))).item()
+    return 10 * torch.log10(4 / mse.clamp(min=1e-10))
 
 
 @torch.no_grad()
@@ -233,8 +254,9 @@ def show_frames(run, step, vae, test, device):
     """PSNR of the held-out frames (b, 3, h, w) and a picture of some, above what became of them."""
     with autocast(device, run.args.precision):
         x_hat = torch.cat([vae.decode(vae.encode(x.to(device)).mean).cpu() for x in test.split(64)])
-    run.record_line(step, held_out_psnr=psnr(test, x_hat))
-    say(f"held-out frames: {psnr(test, x_hat):.2f} dB PSNR")
+    measured = psnr(test, x_hat).item()
+    run.record_line(step, held_out_psnr=measured)
+    say(f"held-out frames: {measured:.2f} dB PSNR")
     pairs = torch.cat([test[:8], x_hat[:8]]).transpose(0, 1)[None]
     sheet = contact_sheet(to_uint8(pairs)[0], columns=8)
     write_video(run.out / f"samples/vae_{step + 1:06d}.png", sheet[None])
@@ -250,8 +272,7 @@ def measure_latents(vae, dataset, device, precision, videos=256):
     for _, sample in read_ahead(dataset, indices):
         if sample is not None:
             with autocast(device, precision):
-                frames = to_model(sample.video[None])[0].transpose(0, 1)
-                z.append(vae.encode(frames.to(device)).mean.cpu())
+                z.append(vae.encode(pictures(sample.video).to(device)).mean.cpu())
     vae.set_latent_statistics(rearrange(torch.stack(z), "b f c h w -> b c f h w"))
 
 
@@ -267,6 +288,13 @@ def beginning(step: int, config: "TrainConfig") -> float:
     return max(0.0, 1 - step / config.easy_start) if config.easy_start else 0.0
 
 
+def frame_stride(step: int, config: "TrainConfig") -> int:
+    """N, where a step learns from every N-th frame of its clips. What words mean shows in four
+    frames of an action as well as in sixteen, and in a quarter of the time. Such clips have a lower
+    frame rate, as any clip of a longer action has."""
+    return next((n for share, n in config.strides if step < share * config.steps), 1)
+
+
 def draw_batch(seed, step, config, clips, fps, latents, schedule):
     """The batch of a step of stage 2, and all that is random in it.
 
@@ -275,6 +303,8 @@ def draw_batch(seed, step, config, clips, fps, latents, schedule):
     latents (b, c, f, h, w); given_mask (b, f); timesteps (b,); noise like the latents; and which
     clips are single pictures (b,).
     """
+    stride = frame_stride(step, config)
+    fps, latents = fps / stride, latents[:, :, ::stride]
     rng, source = np.random.default_rng((seed, step)), generator(seed, step)
     index = rng.integers(len(latents), size=config.batch_size)
     dropped = rng.random(config.batch_size) < config.caption_dropout
@@ -315,11 +345,27 @@ def draw_given_frames(rng, batch: int, frames: int, text_only: float) -> Tensor:
     return torch.from_numpy(mask)
 
 
+def reword(seed: int, step: int, rows: Tensor, wordings: list[list[int]]) -> Tensor:
+    """Rows of captions (b,) -> for each, any caption of the same video; see `list_captions`."""
+    rng = np.random.default_rng((seed, step, 1))
+    return torch.tensor([i if i < 0 else int(rng.choice(wordings[i])) for i in rows.tolist()])
+
+
+def list_captions(dataset) -> tuple[list[str], list[list[int]]]:
+    """A caption of each video, then all others; and for each video the rows of its captions."""
+    of = [dataset.captions(i) for i in range(len(dataset))]
+    captions, wordings = [texts[0] for texts in of], []
+    for i, (_, *more) in enumerate(of):
+        wordings.append([i, *range(len(captions), len(captions) + len(more))])
+        captions += more
+    return captions, wordings
+
+
 def text_to_video_loss(
     model, schedule, tokens, token_mask, rows, fps, x_start, given_mask, t, noise, images
 ):
-    """The loss of a part of a batch, a scalar; tokens and their mask are of all captions, the rest
-    is as from `draw_batch`."""
+    """The losses (b,) of a part of a batch; tokens and their mask are of all captions, the rest is
+    as from `draw_batch`."""
     tokens, token_mask = tokens[rows], token_mask[rows]  # always as long: compiled once
     context = model["text_encoder"](tokens, token_mask)
 
@@ -329,26 +375,78 @@ def text_to_video_loss(
     return diffusion_loss(denoise, schedule, x_start, t, noise, keep=~given_mask)
 
 
-def encode_captions(tokenizer, captions, config, device):
-    """Tokens and mask of all captions; the last row is the null one. The tokenizer, or a new one
-    where it is None, learns all words. Returns (tokenizer, tokens, token_mask). Raises UserError.
-    """
-    tokenizer = tokenizer or Tokenizer.train(captions, config.vocab_size)
-    tokenizer.add_words(captions)
+def by_noise(losses: Tensor, t: Tensor, timesteps: int) -> dict[str, Tensor]:
+    """The mean of losses (b,), and for each quarter of the timesteps what `averages` makes a mean
+    of: the sum of the losses with t (b,) in it and their number, both divided by b."""
+    values = {"loss": losses.mean()}
+    for i in range(4):
+        inside = (4 * t // timesteps == i).to(losses)
+        values |= {f"loss_{i + 1}": (losses * inside).mean(), f"share_{i + 1}": inside.mean()}
+    return values
+
+
+def averages(sums: dict[str, float], count: int) -> dict[str, float]:
+    """The means of values that were added up in `count` steps, see `by_noise`."""
+    means = {name: total / count for name, total in sums.items()}
+    for name in [name for name in means if name.startswith("share_")]:
+        share, name = means.pop(name), name.replace("share", "loss")
+        total = means.pop(name, 0.0)
+        means |= {name: total / share} if share else {}
+    return means
+
+
+@torch.no_grad()
+def measure(run, step, model, schedule, words, batch, device):
+    """The losses of the held-out clips of `draw_held_out`, in the log; and loss.png, a chart of
+    these and the losses in training."""
+    losses = []
+    for part in zip(*(x.split(run.config.batch_size) for x in batch)):
+        with autocast(device, run.args.precision):
+            part = [x.to(device) for x in part]
+            losses.append(text_to_video_loss(model, schedule, *words, *part).cpu())
+    if losses:
+        values = by_noise(torch.cat(losses), batch[4], schedule.config.timesteps)
+        values = averages(read(values), 1)
+        run.record_line(step, **{f"held_out_{name}": value for name, value in values.items()})
+        say("held-out " + "  ".join(f"{name} {value:.4f}" for name, value in values.items()))
+    lines = [line for line in read_log(run.out / "log.jsonl") if line["stage"] == run.stage]
+    curves = {title: [(line["step"], line[name]) for line in lines if name in line]
+              for title, name in (("training", "loss"), ("held out", "held_out_loss"))}
+    if any(curves.values()):
+        picture = chart({title: points for title, points in curves.items() if points},
+                        "steps", "loss")
+        write_picture(run.out / "samples/loss.png", picture)
+
+
+def draw_held_out(run, vae, held_out, device, first, schedule):
+    """A batch of HELD_OUT held-out clips as from `draw_batch`, the same in every run; empty where
+    none of them can be used. first: the row of the first one's caption."""
+    if process() > 0:
+        return ()
     try:
-        if tokenizer.vocab_size > config.vocab_size:
-            raise ValueError(f"{tokenizer.vocab_size} tokens for a text encoder that knows "
-                             f"{config.vocab_size}")
-        return tokenizer, *tokenizer.batch(captions + [""], config.context_length, device)
-    except ValueError as error:
-        raise UserError(f"a caption cannot be encoded: {error}") from error
+        clips, fps, latents = encode_dataset(
+            vae, held_out, device, run.out, run.args.precision, "held_out"
+        )
+    except DataError:
+        return ()
+    config = replace(run.config, batch_size=HELD_OUT)
+    # As in a step that no run comes to: nothing is easier there than it stays.
+    return draw_batch(run.args.seed, 10**9, config, clips + first, fps, latents, schedule)
 
 
-def typical(captions: list[str], count: int) -> list[str]:
-    """So many different captions, at most, from all over the data set."""
-    captions = sorted(set(captions))
-    picked = np.linspace(0, len(captions) - 1, min(count, len(captions))).astype(int)
-    return [captions[i] for i in picked]
+def encode_captions(tokenizer, captions, config, device, others=()):
+    """The captions, cut after a word where they are longer than the context; tokens and mask of
+    these, then of `others`, last of the null caption. The tokenizer learns their words. Raises
+    UserError."""
+    if tokenizer.vocab_size > config.vocab_size:
+        raise UserError(f"{tokenizer.vocab_size} tokens are too many for a text encoder that knows "
+                        f"{config.vocab_size}: choose another --init or --preset")
+    tokenizer.add_words(captions)
+    whole = [*captions, *others]
+    short = [tokenizer.cut(caption, config.context_length) for caption in whole]
+    if count := sum(a != b for a, b in zip(whole, short)):
+        say(f"{count} captions are cut: they are longer than {config.context_length} tokens")
+    return short[: len(captions)], *tokenizer.batch([*short, ""], config.context_length, device)
 
 
 def save_pipeline(pipeline: Pipeline, path: Path) -> None:
@@ -360,29 +458,62 @@ def save_pipeline(pipeline: Pipeline, path: Path) -> None:
     save_atomically(packed, path)
 
 
-def draw_samples(pipeline, path, prompts, fps):
-    """The fixed prompts with fixed seeds, side by side."""
-    videos = pipeline.generate(list(prompts), fps=fps)
-    write_video(path, rearrange(videos, "b f h w c -> f h (b w) c"), fps, upscale=2)
+def describe_data(dataset, captions: list[str], fps: Tensor) -> dict:
+    """What a checkpoint says of the data that it was trained on, see `Pipeline`."""
+    rates = [fps.min().clamp(0.1).item(), fps.max().clamp(max=1000).item()]
+    return {"frames": dataset.frames, "size": dataset.size, "fps": rates,
+            "captions": evenly(captions, 1000)}
+
+
+def real_clips(dataset, captions, wordings, clips, fps, prompts):
+    """For each prompt a clip with that caption, (n, f, h, w, 3), black where there is none; and the
+    frame rates to draw it with, that of the clip or the median. clips: numbers of those encoded;
+    wordings: see `list_captions`."""
+    encoded = list(zip(clips, fps.tolist()))[::-1]  # of several clips the first one
+    where = {normalize(captions[row]): known for known in encoded for row in wordings[known[0]]}
+    real, rates, median = [], [], fps.median().item()
+    for prompt in prompts:
+        i, rate = where.get(normalize(prompt), (None, median))
+        video = np.zeros((dataset.frames, *sides(dataset.size)[::-1], 3), np.uint8)
+        with contextlib.suppress(VideoError):
+            video = video if i is None else dataset[i].video
+        real.append(video)
+        rates.append(max(round(rate, 1), 0.1))
+    return np.stack(real), rates
+
+
+def draw_samples(pipeline, path, prompts, real, rates):
+    """The prompts drawn with fixed seeds, each beside its real clip and above its words."""
+    videos = np.concatenate([pipeline.generate(prompts, fps=rates), real], axis=3)
+    large = videos.repeat(2, axis=2).repeat(2, axis=3)
+    write_video(path, captioned_grid(large, prompts), rates[0])
 
 
 # ------------------------------------------------------------------------------ models, data
 
 
-def build_models(args, preset):
-    """(tokenizer or None, text encoder, unet, schedule, vae): all of --init, or a new model for a
-    trained VAE."""
-    path = Path(args.init or Path(args.out) / "vae.pt")
-    if not path.is_file() and not args.init:
+def load_models(args):
+    """The autoencoder to train on; where --init is a model.pt its whole Pipeline, or None; and the
+    configs of what is there, by the names that they have in a preset."""
+    path = Path(args.init or args.vae or Path(args.out) / "vae.pt")
+    if not path.is_file() and not (args.init or args.vae):
         raise UserError(f"no {path}: train it first with `{next_command('vae', args)}`, or name a "
-                        "trained one with --init")
+                        "trained one with --vae")
     weights = load_checkpoint(path, "vae")
-    vae = unpack(AutoencoderKL, VAEConfig, weights["vae"])
-    if "unet" in weights:
+    vae, whole = unpack(AutoencoderKL, VAEConfig, weights["vae"]), None
+    configs = {"vae": vae.config}
+    if args.init and "unet" in weights:
         whole = load_pipeline(path)
-        return whole.tokenizer, whole.text_encoder, whole.unet, whole.schedule, vae
-    schedule = NoiseSchedule(preset.diffusion)
-    return None, TextEncoder(preset.text), UNet3D(preset.unet), schedule, vae
+        configs |= {"text": whole.text_encoder.config, "unet": whole.unet.config,
+                    "diffusion": whole.schedule.config}
+    return vae, whole, configs
+
+
+def build_models(whole, preset):
+    """Text encoder, UNet and noise schedule: of a Pipeline, or new ones."""
+    if whole:
+        return whole.text_encoder, whole.unet, whole.schedule
+    return TextEncoder(preset.text), UNet3D(preset.unet), NoiseSchedule(preset.diffusion)
 
 
 def adopt(args, preset, **configs):
@@ -394,17 +525,11 @@ def adopt(args, preset, **configs):
             if value != own:
                 say(f"{part}.{name} is {value}, as in the trained weights, not {own}")
     adopted = replace(preset, **configs)
+    unet = replace(adopted.unet, channels=adopted.vae.latent_channels)
+    adopted = adopted if "unet" in configs else replace(adopted, unet=unet)
     if adopted != preset:
         check_preset(args.preset, adopted)
     return adopted
-
-
-def digest(text: str, model: nn.Module | None = None) -> str:
-    """A text that tells a text, and the weights of a model, from any others."""
-    total = hashlib.sha256(text.encode())
-    for value in model.state_dict().values() if model else ():
-        total.update(value.numpy(force=True).tobytes())
-    return total.hexdigest()
 
 
 def open_dataset(args, preset):
@@ -414,29 +539,24 @@ def open_dataset(args, preset):
     if args.data == "shapes":
         if options(**clips):
             raise UserError(f"{options(**clips)} is for --data FOLDER, a folder of videos")
-        return MovingShapes(videos, seed=args.seed, size=preset.size)
+        return MovingShapes(videos, seed=args.seed, frames=preset.frames, size=preset.size)
     if args.videos is not None:
         raise UserError("--videos is for --data shapes; a folder has as many as there are in it")
     if Path(args.out).resolve().is_relative_to(Path(args.data).resolve()):
         raise UserError(f"--out {args.out} lies inside --data {args.data}: its sample videos would "
                         "be taken for data")
-    dataset = VideoFolder(args.data, seed=args.seed, size=preset.size, **clips)
+    clips |= {"seed": args.seed, "frames": preset.frames, "size": preset.size}
+    dataset = VideoFolder(args.data, **clips)
     for line in dataset.summary():
         say(printable(f"{args.data}: {line}"))
     return dataset
 
 
-def hold_out(args, size, dataset):
-    """The data set of stage 1 without the videos held out, and HELD_OUT frames (n, 3, h, w) of
-    those."""
-    if args.data == "shapes":
-        held_out = MovingShapes(128, "heldout", seed=args.seed, size=size)
-    else:
-        dataset, held_out = dataset.divide()
-    try:
-        return dataset, draw_frames(held_out, 0, HELD_OUT, 0)
-    except DataError:  # the few held-out videos of a small folder cannot be used
-        return dataset, draw_frames(dataset, 0, HELD_OUT, 0)
+def hold_out(args, preset, dataset):
+    """Two data sets: the one to train on, and what is held out to measure with."""
+    if args.data != "shapes":
+        return dataset.divide()
+    return dataset, MovingShapes(HELD_OUT // 2, "heldout", args.seed, preset.frames, preset.size)
 
 
 def report_skipped(dataset, out):
@@ -451,21 +571,22 @@ def report_skipped(dataset, out):
 
 
 @torch.no_grad()
-def encode_dataset(vae, dataset, device, out, precision=None):
+def encode_dataset(vae, dataset, device, out, precision=None, name="latents"):
     """Numbers (n,), frame rates (n,) and latents float16 (n, c, f, h, w) of every usable clip.
 
-    Each clip is encoded once, into `latents.bin` in the folder `out`. The file is mapped into
-    memory, not loaded, so that it may be larger than that. `latents.json` says which clips are in
-    it. The next start tries the others (again), or all if anything has changed that the latents
-    depend on.
+    Each clip is encoded once, into `name`.bin in the folder `out`. The file is mapped into memory,
+    not loaded, so that it may be larger than that. `name`.json says which clips are in it. The next
+    start tries the others (again), or all if anything has changed that the latents depend on.
     """
-    file, contents = out / "latents.bin", out / "latents.json"
-    side = dataset.size // vae.config.factor
-    shape = (vae.config.latent_channels, dataset.frames, side, side)
+    file, contents = out / f"{name}.bin", out / f"{name}.json"
+    channels, height, width = vae.config.latent_shape(*sides(dataset.size))
+    shape = (channels, dataset.frames, height, width)
     key = digest(f"{dataset.identity()} {precision}", vae)
     state = read_contents(contents, key, len(dataset))
     size = 2 * math.prod(shape) * len(state["clips"])  # in bytes
-    if not state["clips"] or not file.is_file() or file.stat().st_size < size:
+    if file.exists() and not file.is_file():  # a pipe would keep this waiting
+        raise UserError(f"{file} is not a file: choose another --out")
+    if not state["clips"] or not file.exists() or file.stat().st_size < size:
         contents.unlink(missing_ok=True)  # first: it must never speak of another file
         file.write_bytes(b"")
         state, size = {"key": key, "clips": [], "fps": []}, 0
@@ -492,10 +613,10 @@ def encode_dataset(vae, dataset, device, out, precision=None):
 
 
 def read_contents(path, key, length):
-    """What latents.json says: numbers of the encoded clips below `length` and their frame rates. No
+    """What such a file says: numbers of the encoded clips below `length` and their frame rates. No
     clips where it is damaged or has another key."""
     with contextlib.suppress(OSError, ValueError, TypeError, KeyError, RecursionError):
-        state = json.loads(path.read_bytes())
+        state = json.loads(path.read_bytes() if path.is_file() else b"")
         clips, fps = state["clips"], state["fps"]
         good = [type(i) is int and 0 <= i < length and type(rate) is float and 0 < rate < math.inf
                 for i, rate in zip(clips, fps, strict=True)]
@@ -648,17 +769,35 @@ class Run:
     def __init__(self, args, preset, digests):
         self.args, self.out, self.stage, self.preset = args, Path(args.out), args.stage, preset
         self.start, self.logged, self.sums = 0, 0, {}  # the last logged step, all values since
-        self.signalled, self.stopping = 0, False  # by Ctrl-C: its number here, anywhere
+        self.signals, self.stopping = [], False  # of Ctrl-C and its like: here, anywhere
         self.record = describe_run(args, preset, digests)
-        self.state, self.writer = find_state(args, self.record), None
+        self.state = find_state(args, self.record)
         self.tokenizer, self.config = None, getattr(preset, f"{args.stage}_training")
         if self.state is not None:
-            state, loss = self.state, preset.vae_loss
+            state, fixed = self.state, {name.partition("=")[0] for name in args.set}
             self.start, self.logged, self.sums = state["step"], state["logged"], state["sums"]
             self.tokenizer = state["tokenizer"]
-            self.preset = replace(preset, vae_loss=replace(loss, gan_start=state["gan_start"]))
-            if args.easy_start is None:
+            if "vae_loss.gan_start" not in fixed:
+                loss = replace(preset.vae_loss, gan_start=state["gan_start"])
+                self.preset = replace(self.preset, vae_loss=loss)
+            if "training.easy_start" not in fixed:
                 self.config = replace(self.config, easy_start=state["easy_start"])
+            if self.tokenizer is not None:
+                self.set_context(state["record"]["text.context_length"])
+
+    def set_context(self, length):
+        """Tokens that the text encoder takes."""
+        text = replace(self.preset.text, context_length=length)
+        self.preset = replace(self.preset, text=text)
+        self.record["text.context_length"] = length
+
+    def make_tokenizer(self, captions: list[str]) -> Tokenizer:
+        """A tokenizer for these captions, and a context as long as the longest of them, if that is
+        at most LONGEST tokens."""
+        tokenizer = Tokenizer.train(captions, self.preset.text.vocab_size)
+        longest = max(len(tokenizer.encode(normalize(caption))) for caption in captions)
+        self.set_context(max(self.preset.text.context_length, min(longest, LONGEST)))
+        return tokenizer
 
     def begin(self, models, optimizers, tokenizer=None):
         """Models and optimizers, dicts of what will be saved, as they were when last.pt was
@@ -669,11 +808,6 @@ class Run:
             restore(state, models, optimizers, self.out / "last.pt")
         if process() > 0:
             return
-        if self.args.tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-
-            folder = self.out / "tensorboard" / self.stage
-            self.writer = SummaryWriter(folder, purge_step=self.start + 1)
         (self.out / "samples").mkdir(parents=True, exist_ok=True)
         for path in (*self.out.iterdir(), *(self.out / "samples").iterdir()):
             if UNFINISHED.fullmatch(path.name) and path.is_file():
@@ -688,36 +822,18 @@ class Run:
             path.write_text(json.dumps(what, indent=2) + "\n")
 
     def steps(self):
-        """The remaining step numbers, behind a progress bar.
-
-        Ctrl-C lets the step come to its end and be saved, and is raised then. So do SIGTERM, with
-        which torchrun and job schedulers end a process, and SIGHUP, of a terminal that was closed.
-        A second one ends it at once.
-        """
-        names = {"SIGINT", "SIGTERM", "SIGHUP"} & set(dir(signal))
-        handlers = {getattr(signal, n): signal.getsignal(getattr(signal, n)) for n in names}
-        handlers = {n: old for n, old in handlers.items() if old != signal.SIG_IGN}  # as by nohup
-
-        def note(name, frame):
-            self.signalled = name
-            if processes() == 1:  # torchrun passes signals on, so that each comes twice
-                signal.signal(name, handlers[name])
-
-        for name in handlers:
-            signal.signal(name, note)
+        """The remaining step numbers, behind a progress bar. A signal of `noted_signals` lets the
+        step come to its end and be saved, and is raised then."""
         self.clock = self.saved = time.monotonic()
-        try:
+        with noted_signals() as self.signals:
             remaining = range(self.start, self.config.steps)
             for step in progress(remaining, self.stage, self.start, self.config.steps):
                 yield step
                 if self.stopping:
                     say("stopped; the same command with --resume goes on from there")
                     break
-        finally:
-            for name, handler in handlers.items():
-                signal.signal(name, handler)
         if self.stopping:
-            signal.raise_signal(self.signalled or signal.SIGINT)
+            signal.raise_signal(self.signals[0] if self.signals else signal.SIGINT)
             raise KeyboardInterrupt
 
     def check_finite(self, *values):
@@ -732,31 +848,29 @@ class Run:
     def log(self, step, values):
         """Every `log_every` steps, the means since the last time: an aligned line on stderr and a
         JSON object in log.jsonl."""
-        self.stopping = sum_over_processes({"stop": float(self.signalled)})["stop"] > 0
+        stop = sum_over_processes({"stop": torch.tensor(len(self.signals))})["stop"]
+        self.stopping = stop.item() > 0
         accumulate(self.sums, 1, values)
         done = step + 1
         if done % self.config.log_every and done != self.config.steps:
             return
-        means = {name: total / (done - self.logged) for name, total in self.sums.items()}
+        means = averages(self.sums, done - self.logged)
         seconds = max(time.monotonic() - self.clock, 1e-6) / (done - max(self.logged, self.start))
         self.clock, self.logged, self.sums = time.monotonic(), done, {}
         lr, speed = learning_rate(step, self.config), self.config.batch_size / seconds
         minutes = (self.config.steps - done) * seconds / 60
-        text = "  ".join(f"{name} {value:7.4f}" for name, value in means.items())
+        text = "  ".join(f"{name} {value:7.4f}" for name, value in means.items()
+                         if not name.startswith("loss_"))
         say(f"step {done:6d}  {text}  lr {lr:.1e}  {speed:6.1f}/s  {memory_gib():4.1f} GiB  "
             f"{minutes:5.1f} min left")
         self.record_line(step, **means, lr=lr, per_second=speed)
 
     def record_line(self, step, **values):
-        """Append one JSON object to log.jsonl; with --tensorboard, show the values there too."""
+        """Append one JSON object to log.jsonl."""
         if process() > 0:
             return
         with (self.out / "log.jsonl").open("a") as file:
             file.write(json.dumps({"stage": self.stage, "step": step + 1, **values}) + "\n")
-        if self.writer is not None:
-            for name, value in values.items():
-                self.writer.add_scalar(name, value, step + 1)
-            self.writer.flush()
 
     def due(self, step):
         """Is it time for sample pictures and a checkpoint after this step?"""
@@ -787,8 +901,8 @@ class Run:
 
 SAVE_SECONDS = 600  # between two checkpoints at most
 UNFINISHED = re.compile(  # names that `atomic_path` gives to what a run writes
-    r"\.\d+-(config\.json|log\.jsonl|latents\.json|skipped\.txt|(vae|last|model)\.pt"
-    r"|(vae|step)_\d+\.(png|gif))"
+    r"\.\d+-(config\.json|log\.jsonl|(latents|held_out)\.json|skipped\.txt|(vae|last|model)\.pt"
+    r"|(vae|step)_\d+\.(png|gif)|loss\.png)"
 )
 
 
@@ -797,7 +911,7 @@ def describe_run(args, preset, digests):
     change."""
     names = ("preset", "seed", *CLIP_OPTIONS)
     record = {f"--{name.replace('_', '-')}": getattr(args, name) for name in names}
-    record |= {"--vgg": bool(args.vgg), "size": preset.size}
+    record |= {"--vgg": bool(args.vgg), "size": preset.size, "frames": preset.frames}
     record |= {f"{name} of digest": text[:16] for name, text in digests.items()}
     parts_of = {"vae": ("vae", "vae_loss"), "diffusion": ("vae", "text", "unet", "diffusion")}
     for part in parts_of[args.stage]:
@@ -816,8 +930,12 @@ def find_state(args, record):
     if state["stage"] == "diffusion" != stage:  # a new VAE would make its UNet worthless
         raise UserError(f"{last} is a diffusion run: choose another --out")
     if state["stage"] == stage:
+        before = {"frames": FRAMES, **state["record"]}  # older ones had no choice
         for name, now in record.items():
-            if repr(now) != repr(then := state["record"].get(name)):
+            then = before.get(name)
+            if name == "text.context_length" and type(then) is int and 1 < then <= 2**16:
+                continue  # it grew with the captions
+            if repr(now) != repr(then):
                 raise UserError(f"{last} was started with {name} {then}, not {now}: use the same, "
                                 "or choose another --out")
         return state
@@ -835,59 +953,18 @@ def read_state(path: Path) -> dict:
              "optimizers": dict}
     state = load_checkpoint(path, *kinds)
     try:
-        wrong = [name for name, kind in kinds.items() if not isinstance(state[name], kind)]
-        numbers = [name for name, kind in kinds.items() if kind is int]
-        wrong += [name for name in numbers if not 0 <= state[name] <= 10**9]
+        wrong = [name for name, kind in kinds.items() if not isinstance(state[name], kind)
+                 or kind is int and not 0 <= state[name] <= 10**9]
         wrong += [name for name, total in state["sums"].items()
-                  if type(total) is not float or not math.isfinite(total)]
+                  if type(total) is not float or not math.isfinite(total)
+                  or type(name) is not str or name in ("stage", "step", "lr", "per_second")]
         if wrong or state["logged"] > state["step"]:
             raise ValueError(", ".join(map(str, wrong)) or "logged")
         if state["tokenizer"] is not None:
             state["tokenizer"] = Tokenizer.from_state_dict(state["tokenizer"])
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except Exception as error:  # damaged values fail in many ways
         raise UserError(f"{path} is damaged ({error}): choose another --out") from error
     return state
-
-
-def restore(state, models, optimizers, path):
-    """Fills models and optimizers with what read_state(path) returned. Raises UserError."""
-    try:
-        for kind, own in {"models": models, "optimizers": optimizers}.items():
-            if state[kind].keys() != own.keys():
-                raise ValueError(f"{kind} {', '.join(map(str, state[kind]))}")
-        for name, model in models.items():
-            check_weights(state["models"][name], model.state_dict())
-            model.load_state_dict(state["models"][name])
-        for name, optimizer in optimizers.items():
-            # Checked one by one, because a fused step reads whatever lies in memory.
-            parameters = [p for group in optimizer.param_groups for p in group["params"]]
-            keys = ["momentum"] if name == "muon" else ["step", "exp_avg", "exp_avg_sq"]
-            for i, values in state["optimizers"][name].items():
-                like = {key: torch.zeros(()) if key == "step" else parameters[i] for key in keys}
-                check_weights(values, like)
-            groups = optimizer.state_dict()["param_groups"]
-            optimizer.load_state_dict(
-                {"state": state["optimizers"][name], "param_groups": groups}
-            )
-    except (AttributeError, IndexError, KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise UserError(f"{path} does not fit the preset as it is now ({error}): restore its "
-                        "settings, or choose another --out") from error
-
-
-def read_log(path: Path) -> list[dict]:
-    """The lines of log.jsonl as dicts, those that are not damaged."""
-    lines, known = path.read_bytes().splitlines() if path.is_file() else [], []
-    for line in lines:
-        with contextlib.suppress(AttributeError, KeyError, RecursionError, ValueError):
-            values = json.loads(line)
-            numbers = [value for name, value in values.items() if name != "stage"]
-            if values["stage"] in ("vae", "diffusion") and type(values["step"]) is int and all(
-                type(value) in (int, float) for value in numbers
-            ):
-                known.append(values)
-    if len(known) < len(lines):
-        say(f"{path}: {len(lines) - len(known)} damaged lines dropped")
-    return known
 
 
 # ------------------------------------------------------------------------------ presets
@@ -897,9 +974,9 @@ def read_log(path: Path) -> list[dict]:
 class TrainConfig:
     """One stage's training; for `lr`, `warmup` and `decay` see `learning_rate`."""
 
-    steps: int
-    batch_size: int  # frames for the VAE, clips for the diffusion model
-    lr: float
+    steps: int = 1000
+    batch_size: int = 16  # frames for the VAE, clips for the diffusion model
+    lr: float = 1e-3
     optimizer: str = "adamw"  # or "muon"
     warmup: int = 100
     decay: float = 0.4  # fraction of the steps
@@ -911,15 +988,25 @@ class TrainConfig:
     text_only: float = 0.5  # share of clips in which no frame is given clean
     image_fraction: float = 0.0  # share of clips whose frames are learnt as single pictures
     easy_start: int = 0  # steps of easier questions at first, see `beginning`
+    strides: tuple = ()  # (share of the steps, N): until then, every N-th frame; see `frame_stride`
     log_every: int = 50
     save_every: int = 500  # checkpoint and sample pictures
+
+    def __post_init__(self):
+        if self.optimizer not in ("adamw", "muon"):
+            raise ValueError(f"unknown optimizer {self.optimizer!r}: choose adamw or muon")
+        if not (min(self.lr, self.weight_decay) >= 0 and self.grad_clip > 0):
+            raise ValueError("lr, weight_decay and grad_clip cannot be negative, nor grad_clip 0")
+        for name in ("decay", "ema", "caption_dropout", "text_only", "image_fraction"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must be from 0 to 1, got {getattr(self, name)}")
 
 
 @dataclass(frozen=True)
 class Preset:
     """Everything that differs between data sets; one name on the command line."""
 
-    size: int  # side of a frame in pixels
+    size: int | tuple  # of a frame in pixels, see `data.sides`
     vae: VAEConfig
     vae_loss: VAELossConfig
     vae_training: TrainConfig
@@ -927,19 +1014,22 @@ class Preset:
     unet: UNet3DConfig
     diffusion: DiffusionConfig
     diffusion_training: TrainConfig
+    frames: int = FRAMES  # of a clip
 
 
 PRESETS = {  # functions, so that one that contradicts itself stops nobody who takes another
     "shapes": lambda: Preset(
         size=64,
         vae=VAEConfig(widths=(32, 64, 128)),
-        vae_loss=VAELossConfig(),
-        vae_training=TrainConfig(steps=2500, batch_size=32, lr=1e-3),
+        # Mostly the squared error: the L1 term is soon about a background that is right already.
+        vae_loss=VAELossConfig(l1_weight=0.25, mse_weight=4.0),
+        vae_training=TrainConfig(steps=1300, batch_size=32, lr=2e-3, optimizer="muon"),
         text=TextEncoderConfig(),
-        unet=UNet3DConfig(),
+        unet=UNet3DConfig(attention=(True, True)),
         diffusion=DiffusionConfig(shift=3.0),
         diffusion_training=TrainConfig(
-            steps=6600, batch_size=16, lr=1e-3, decay=0.65, optimizer="muon", easy_start=1500
+            steps=4800, batch_size=16, lr=1e-3, decay=0.65, optimizer="muon", easy_start=1100,
+            strides=((0.45, 4), (0.75, 2)), videos=12_000,
         ),
     ),
     "ucf101": lambda: Preset(
@@ -951,8 +1041,8 @@ PRESETS = {  # functions, so that one that contradicts itself stops nobody who t
         vae_training=TrainConfig(steps=50_000, batch_size=32, lr=2e-4),
         text=TextEncoderConfig(vocab_size=2048, width=256, depth=4),
         unet=UNet3DConfig(  # 56 M parameters, most of them where the maps are small
-            latent_size=16, widths=(96, 192, 512), blocks=(2, 2, 4), attention=(False, True, True),
-            text_width=256, embedding_width=512, groups=32,
+            widths=(96, 192, 512), blocks=(2, 2, 4), attention=(False, True, True), text_width=256,
+            embedding_width=512, groups=32,
         ),
         diffusion=DiffusionConfig(shift=2.0),
         diffusion_training=TrainConfig(
@@ -964,8 +1054,8 @@ PRESETS = {  # functions, so that one that contradicts itself stops nobody who t
         size=256,
         vae_training=TrainConfig(steps=50_000, batch_size=16, lr=2e-4),
         unet=UNet3DConfig(  # 145 M parameters
-            latent_size=32, widths=(128, 256, 768), blocks=(2, 2, 5), attention=(False, True, True),
-            text_width=256, embedding_width=768, groups=32,
+            widths=(128, 256, 768), blocks=(2, 2, 5), attention=(False, True, True), text_width=256,
+            embedding_width=768, groups=32,
         ),
         diffusion=DiffusionConfig(shift=3.0),
         diffusion_training=TrainConfig(
@@ -973,31 +1063,27 @@ PRESETS = {  # functions, so that one that contradicts itself stops nobody who t
         ),
     ),
 }
-HELD_OUT = 256  # frames to measure the autoencoder with
+HELD_OUT = 256  # frames or clips to measure with
+LONGEST = 256  # tokens of a caption at most; what is longer is cut
 VGG_WEIGHT = 0.2  # of the distance of VGG16 features, where --vgg gives their weights
 CLIP_OPTIONS = ("split", "clip_seconds", "stride", "flip")  # of `VideoFolder`
-PROMPTS = (  # drawn into samples/ while training on shapes
-    "a red circle moves right, then up",
-    "a small blue star grows, then spins",
-    "a green square moves left while a white ring moves down",
-    "a yellow triangle spins, then moves down",
-)
 
 
 @torch.no_grad()
 def check_preset(name, preset):
     """Raises UserError where the parts of a preset do not fit together."""
     try:
+        NoiseSchedule(preset.diffusion)
         with warnings.catch_warnings(), torch.device("meta"):  # nothing is stored or computed
             warnings.simplefilter("ignore")
             vae, unet = AutoencoderKL(preset.vae), UNet3D(preset.unet)
             TextEncoder(preset.text), Tokenizer.train([], preset.text.vocab_size)
-            latents = vae.encode(torch.zeros(2, 3, preset.size, preset.size)).mean
-            side = preset.unet.latent_size
-            if latents.shape[1:] != (preset.unet.channels, side, side):
-                raise ValueError(f"frames of {preset.size} pixels become latents "
-                                 f"{tuple(latents.shape[1:])}, and the UNet takes "
-                                 f"{(preset.unet.channels, side, side)}")
+            (width, height), levels = sides(preset.size), len(preset.unet.widths)
+            multiple = preset.vae.factor * 2 ** (levels - 1)
+            if width % multiple or height % multiple:
+                raise ValueError(f"the sides of frames of {width}x{height} pixels must be "
+                                 f"multiples of {multiple}")
+            latents = vae.encode(torch.zeros(2, 3, height, width)).mean
             x, context = latents.movedim(0, 1)[None], torch.zeros(1, 2, preset.text.width)
             unet(x, torch.zeros(1).long(), context, context[..., 0] > 0, torch.ones(1))
     except Exception as error:  # as many kinds as there are wrong numbers
@@ -1011,16 +1097,18 @@ def options(**values) -> str:
     """The command-line options that set these values; none for what is not set."""
     line = []
     for name, value in values.items():
-        if value is not None and value is not False:
-            line.append(f"--{name.replace('_', '-')}")
-            line += [] if value is True else [shlex.quote(str(value))]
+        if value is not None and value is not False and value != []:
+            values = value if isinstance(value, list) else [] if value is True else [value]
+            line += [f"--{name.replace('_', '-')}", *(shlex.quote(str(value)) for value in values)]
     return " ".join(line)
 
 
 def next_command(stage: str, args: argparse.Namespace) -> str:
     """The command line that runs a stage with the same data, preset and folder."""
     same = {name: getattr(args, name) for name in ("data", *CLIP_OPTIONS, "preset", "out")}
-    return f"python train.py {stage} {options(**same)}"
+    size = args.size and "x".join(map(str, sides(args.size)))
+    other = [x for x in args.set if x.partition(".")[0] not in ("training", "vae_loss")]
+    return f"python train.py {stage} {options(**same, size=size, frames=args.frames, set=other)}"
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -1034,9 +1122,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
            help="model sizes and settings (%(default)s)")
     option("--init", metavar="CHECKPOINT",
            help="start from trained weights: a vae.pt, or a model.pt to fine-tune")
+    option("--vae", metavar="FILE", help="a vae.pt or model.pt: begin a new text encoder and UNet "
+           "on its autoencoder (OUT/vae.pt)")
     option("--resume", action="store_true", help="go on where the run stopped")
-    option("--tensorboard", action="store_true",
-           help="also write the log for TensorBoard, if that package is installed")
+    option("--prompts", metavar="FILE", help="sentences to draw into samples/ while training, one "
+           "a line (the most different captions)")
     option("--vgg", metavar="FILE",
            help="torchvision's vgg16-397923af.pth: the VAE also compares VGG features")
     option("--seed", type=number(int, 0, 2**31), default=0, help="(%(default)s)")
@@ -1055,12 +1145,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     option("--batch-size", type=number(int, 1, 10**6))
     option("--lr", type=number(float, 0, 1), help="peak learning rate")
     option("--videos", type=number(int, 1, 10**9), help="size of the procedural data")
-    option("--ema", type=number(float, 0, 1), metavar="DECAY",
-           help="decay of the averaged weights that are sampled from; 0 takes the last ones")
-    option("--easy-start", type=number(int, 0, 10**9), metavar="STEPS",
-           help="easier questions in the first steps; 0 to refine a trained model")
-    option("--image-fraction", type=number(float, 0, 1), metavar="P",
-           help="learn from the frames of this share of clips as single pictures with the caption")
+    option("--size", type=frame_size, metavar="N|WxH", help="of a frame in pixels")
+    option("--frames", type=number(int, 2, 512), help="of a clip")
+    option("--set", nargs="+", action="extend", default=[], metavar="PART.FIELD=VALUE",
+           help="any field of the classes in which presets are written: unet.widths=96,192 "
+           "diffusion.prediction=x_start training.easy_start=0")
     add_memory_options(parser.add_argument_group("memory and speed"))
     return parser.parse_args(argv)
 
@@ -1082,39 +1171,56 @@ def add_memory_options(group):
 def configure(args: argparse.Namespace) -> Preset:
     """The preset with the command line's values in place of its own. What begins or ends at a step
     does so after the same share of a shorter or longer run. Raises UserError."""
-    names = ("steps", "batch_size", "lr", "videos", "ema", "easy_start", "image_fraction")
-    values = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     try:
         preset = PRESETS[args.preset]()
     except ValueError as error:
         raise UserError(f"--preset {args.preset} contradicts itself: {error}") from error
-    field = f"{args.stage}_training"
-    training = getattr(preset, field)
-    starts = training.easy_start, preset.vae_loss.gan_start
-    easy, gan = (start * (args.steps or training.steps) // training.steps for start in starts)
-    preset = replace(preset, **{field: replace(training, **{"easy_start": easy} | values)})
-    if args.stage == "vae":
-        preset = replace(preset, vae_loss=replace(preset.vae_loss, gan_start=gan))
+    own, stage = getattr(preset, f"{args.stage}_training"), f"{args.stage}_training"
+    parts = ("vae", "vae_loss", "text", "unet", "diffusion")
+    parts = {name: getattr(preset, name) for name in parts} | {"training": own}
+    parts = set_fields(parts, args.set)
+    fixed = {name.partition("=")[0] for name in args.set}
+    flags = {name: getattr(args, name) for name in ("steps", "batch_size", "lr", "videos")}
+    flags = {name: value for name, value in flags.items() if value is not None}
+    training = replace(parts.pop("training"), **flags)
+    if "training.easy_start" not in fixed:
+        training = replace(training, easy_start=own.easy_start * training.steps // own.steps)
+    if "vae_loss.gan_start" not in fixed and args.stage == "vae":
+        start = preset.vae_loss.gan_start * training.steps // own.steps
+        parts["vae_loss"] = replace(parts["vae_loss"], gan_start=start)
+    # What the UNet takes is what the others give.
+    taken = {"channels": parts["vae"].latent_channels, "text_width": parts["text"].width}
+    taken = {name: value for name, value in taken.items() if f"unet.{name}" not in fixed}
+    parts["unet"] = replace(parts["unet"], **taken)
+    preset = replace(preset, **parts, **{stage: training}, size=args.size or preset.size,
+                     frames=args.frames or preset.frames)
     check_preset(args.preset, preset)
     return preset
 
 
-def check(args, batch_size, device):
-    """Raises UserError where options do not fit together, or to this machine."""
-    if args.vgg and args.stage != "vae":
-        raise UserError("--vgg is for the autoencoder: python train.py vae")
-    for name in ("ema", "easy_start", "image_fraction"):
-        if getattr(args, name) is not None and args.stage != "diffusion":
-            raise UserError(f"--{name.replace('_', '-')} is for python train.py diffusion")
-    if args.compile and device.type != "cuda":
-        raise UserError("--compile is for CUDA GPUs: leave it out")
-    if args.tensorboard and importlib.util.find_spec("tensorboard") is None:
-        raise UserError("--tensorboard needs that package: pip install tensorboard")
-    if (count := args.grad_accum * processes()) > batch_size:
-        raise UserError(f"a batch of {batch_size} cannot be divided into {count} parts: choose a "
-                        "larger --batch-size")
-    if processes() > 1 and args.stage == "vae":
-        raise UserError("the autoencoder trains in one process: leave out torchrun")
+def check(args, preset, device):
+    """Raises UserError where options do not fit together, or to this machine; reads --prompts."""
+    for name, stage in {"vgg": "vae", "vae": "diffusion", "prompts": "diffusion"}.items():
+        if getattr(args, name) is not None and args.stage != stage:
+            raise UserError(f"--{name} is for python train.py {stage}")
+    batch_size = getattr(preset, f"{args.stage}_training").batch_size
+    count = args.grad_accum * processes()
+    for wrong, message in (
+        (args.vae and args.init, "--init goes on with all of a model, --vae begins a new one"),
+        (preset.vae_loss.vgg_weight and args.stage == "vae" and not args.vgg,
+         "vae_loss.vgg_weight needs --vgg FILE"),
+        (args.data == "shapes" and isinstance(preset.size, tuple),
+         "--data shapes has square frames: give --size one number"),
+        (args.compile and device.type != "cuda", "--compile is for CUDA GPUs: leave it out"),
+        (count > batch_size, f"a batch of {batch_size} cannot be divided into {count} parts: "
+         "choose a larger --batch-size"),
+        (processes() > 1 and args.stage == "vae",
+         "the autoencoder trains in one process: leave out torchrun"),
+    ):
+        if wrong:
+            raise UserError(message)
+    if args.prompts is not None:
+        args.prompts = read_prompts(args.prompts, 100)
 
 
 def memory_advice(args):
@@ -1130,7 +1236,7 @@ def main():
     device = pick_device(args.device, args.precision)
     join_processes(device)
     preset = configure(args)
-    check(args, getattr(preset, f"{args.stage}_training").batch_size, device)
+    check(args, preset, device)
     stage = {"vae": train_vae, "diffusion": train_diffusion}[args.stage]
     try:
         with locked(args.out) if process() == 0 else contextlib.nullcontext():

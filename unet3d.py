@@ -41,7 +41,6 @@ class UNet3DConfig:
     alone, which cost little."""
 
     channels: int = 4  # of the latents
-    latent_size: int = 8  # their sides in training; others work
     widths: tuple = (64, 160)
     blocks: tuple = (1, 3)
     attention: tuple = (False, True)

@@ -35,6 +35,10 @@ class VAEConfig:
     def factor(self) -> int:
         return self.patch * 2 ** (len(self.widths) - 1)
 
+    def latent_shape(self, width: int, height: int) -> tuple[int, int, int]:
+        """(c, h, w) of the latents of such a frame."""
+        return self.latent_channels, height // self.factor, width // self.factor
+
 
 # ------------------------------------------------------------------------------ blocks
 
@@ -346,7 +350,7 @@ class VAELoss(nn.Module):
 
     def generator_loss(
         self, x: Tensor, x_hat: Tensor, posterior: DiagonalGaussian, last_layer: Tensor, step: int
-    ) -> tuple[Tensor, dict[str, float]]:
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of the autoencoder and its terms. x, x_hat: frames (b, 3, h, w) in [-1, 1] and
         their reconstruction; last_layer: the decoder's last weight."""
         config, x_hat = self.config, x_hat.float()
@@ -364,8 +368,7 @@ class VAELoss(nn.Module):
             weight = adaptive_weight(loss, terms["gan"], last_layer)
             loss = loss + config.gan_weight * weight * terms["gan"]
         loss = loss + config.kl_weight * terms["kl"]
-        values = torch.stack([term.detach() for term in terms.values()]).tolist()  # waits once
-        return loss, dict(zip(terms, values))
+        return loss, {name: term.detach() for name, term in terms.items()}
 
     def discriminator_loss(self, x: Tensor, x_hat: Tensor) -> Tensor:
         """Hinge loss (Lim & Ye 2017): push real logits above 1 and fake ones below -1."""

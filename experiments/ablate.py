@@ -39,7 +39,7 @@ from diffusion import NoiseSchedule
 from experiments.slices import CIRCLES
 from sample import CHECKPOINT, Pipeline, load_pipeline
 from shapes import Thing, caption_accuracy, describe, place_in_frame, render
-from text_encoder import TextEncoder
+from text_encoder import TextEncoder, Tokenizer
 from unet3d import UNet3D
 
 # ------------------------------------------------------------------------------ the arms
@@ -165,7 +165,8 @@ def train_arm(arm: dict, steps: int, seed: int, captions, latents, vae, device) 
     unet = arm.get("unet", UNet3D)(replace(preset.unet, widths=(32, 64), blocks=(1, 2)))
     diffusion = replace(preset.diffusion, **arm.get("diffusion", {}))
     schedule = arm.get("schedule", NoiseSchedule)(diffusion)
-    tokenizer, tokens, token_mask = train.encode_captions(None, captions, preset.text, device)
+    tokenizer = Tokenizer.train(captions, preset.text.vocab_size)
+    _, *words = train.encode_captions(tokenizer, captions, preset.text, device)
     model = nn.ModuleDict({"text_encoder": text_encoder, "unet": unet}).to(device).train()
     ema, optimizers = train.EMA(model, config.ema), train.make_optimizers(model, config)
     clips, fps = torch.arange(len(captions)), torch.full((len(captions),), FPS)
@@ -176,8 +177,8 @@ def train_arm(arm: dict, steps: int, seed: int, captions, latents, vae, device) 
             optimizer.zero_grad()
         with autocast(device):
             batch = [x.to(device) for x in batch]
-            loss = train.text_to_video_loss(model, schedule, tokens, token_mask, *batch)
-        loss.backward()
+            losses = train.text_to_video_loss(model, schedule, *words, *batch)
+        losses.mean().backward()
         clip_grad_norm_(model.parameters(), config.grad_clip)
         for optimizer in optimizers.values():
             optimizer.step()

@@ -39,7 +39,7 @@ def nearest(checkpoint: str | Path, data: str, num: int, picture: str) -> None:
     device = pick_device("auto")
     pipeline = load_pipeline(checkpoint, device)
     networks, _ = metrics.load_networks(metrics.parse_args(["--fake", data]), ["fvd"], device)
-    dataset = VideoFolder(data, size=pipeline.size)
+    dataset = VideoFolder(data, frames=pipeline.frames, size=pipeline.size)
     real = [clip for _, clip in read_ahead(dataset, range(len(dataset))) if clip is not None]
     clips = np.stack([sample.video for sample in real])
     chosen = list(itertools.islice(itertools.cycle(real), num))

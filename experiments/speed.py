@@ -31,6 +31,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import train
+from data import sides
 from diffusion import NoiseSchedule
 from sample import Pipeline
 from text_encoder import TextEncoder, Tokenizer, attention_weights
@@ -117,7 +118,8 @@ class Step:
         self.ema = train.EMA(self.model, config.ema)
         self.optimizers = train.make_optimizers(self.model, config, args.precision)
         train.economize(args, *self.model.values())
-        latents = torch.randn(clips, preset.unet.channels, 16, *[preset.unet.latent_size] * 2)
+        channels, height, width = preset.vae.latent_shape(*sides(preset.size))
+        latents = torch.randn(clips, channels, 16, height, width)
         self.data = torch.arange(clips), torch.full((clips,), 8.0), latents.half(), self.schedule
         self.tokens = torch.randint(3, 259, (clips + 1, 16), device=device)
         self.mask = torch.ones_like(self.tokens, dtype=torch.bool)
@@ -135,11 +137,11 @@ class Step:
         self.lap("draw")
         for share, part in train.parts(batch, self.args.grad_accum, self.device):
             with autocast(self.device, self.args.precision):
-                loss = train.text_to_video_loss(
+                losses = train.text_to_video_loss(
                     self.model, self.schedule, self.tokens, self.mask, *part
                 )
             self.lap("forward")
-            (share * loss).backward()
+            (share * losses.mean()).backward()
             self.lap("backward")
 
     def __call__(self):
@@ -183,6 +185,7 @@ def sample(args):
     pipeline = Pipeline(
         Tokenizer.train([PROMPT] * 2), TextEncoder(preset.text).eval(), UNet3D(preset.unet).eval(),
         AutoencoderKL(preset.vae).eval(), NoiseSchedule(preset.diffusion), device,
+        {"size": preset.size},
     )
     if args.compile:
         pipeline.unet.compile()
@@ -221,12 +224,12 @@ def kernels(args):
 # ------------------------------------------------------------------------------ other UNets
 
 
-def unet_inputs(config, batch, device):
+def unet_inputs(preset, batch, device):
     """What a UNet takes, of clips of 16 frames: latents, timesteps, 16 encoded words, their mask
     and the frame rate."""
-    side = config.latent_size
-    x = torch.randn(batch, config.channels, 16, side, side, device=device)
-    words = torch.randn(batch, 16, config.text_width, device=device)
+    channels, height, width = preset.vae.latent_shape(*sides(preset.size))
+    x = torch.randn(batch, channels, 16, height, width, device=device)
+    words = torch.randn(batch, 16, preset.text.width, device=device)
     mask = torch.ones(batch, 16, dtype=torch.bool, device=device)
     fps = torch.full((batch,), 8.0, device=device)
     return x, torch.arange(batch, device=device), words, mask, fps
@@ -291,13 +294,13 @@ class Contender:
     """A UNet in training with AdamW, and in sampling one clip: a batch of two, with its caption and
     without. predict: its forward as a function of `unet_inputs`."""
 
-    def __init__(self, name, model, predict, args, config, device):
+    def __init__(self, name, model, predict, args, preset, device):
         self.name, self.predict, self.device, self.args = name, predict, device, args
         self.model = model.to(device).train()
-        training = replace(train.PRESETS[args.preset]().diffusion_training, optimizer="adamw")
+        training = replace(preset.diffusion_training, optimizer="adamw")
         self.optimizer = train.make_optimizers(model, training)["adamw"]
-        self.batch = unet_inputs(config, args.batch_size or training.batch_size, device)
-        self.pair = unet_inputs(config, 2, device)
+        self.batch = unet_inputs(preset, args.batch_size or training.batch_size, device)
+        self.pair = unet_inputs(preset, 2, device)
 
     def gradients(self):
         for _, part in train.parts(self.batch, self.args.grad_accum, self.device):
@@ -320,14 +323,14 @@ def peers(args):
     """Training and sampling steps of a preset's UNet, and of other people's with as many parameters
     where their packages are installed: the same batch, latents, words and number format, all with
     AdamW, one step of each in turn."""
-    device, config = pick_device(args.device, args.precision), train.PRESETS[args.preset]().unet
-    unet = UNet3D(config)
+    device, preset = pick_device(args.device, args.precision), train.PRESETS[args.preset]()
+    unet = UNet3D(preset.unet)
     train.economize(args, unet)
-    contenders = [Contender("UNet3D", unet, unet, args, config, device)]
+    contenders = [Contender("UNet3D", unet, unet, args, preset, device)]
     for name, build in PEERS.items():
         try:
-            model, predict = build(config, count_parameters(unet))
-            contenders.append(Contender(name, model, predict, args, config, device))
+            model, predict = build(preset.unet, count_parameters(unet))
+            contenders.append(Contender(name, model, predict, args, preset, device))
         except ImportError as error:
             print(f"without {name}: {error}", file=sys.stderr)
     work = [flops(c.gradients) for c in contenders]

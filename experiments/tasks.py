@@ -66,28 +66,50 @@ def given_frames(pipeline: Pipeline, num: int) -> None:
             )
 
 
+ROUND = ("left", "up", "right", "down")
+
+
+def write_stories(kind: str, num: int, sentences: int) -> list[list[str]]:
+    """`num` stories: an object goes round, one way or the other, or it spins all the time."""
+    rng, told = np.random.default_rng(0), []
+    for i in range(num):
+        subject = f"a {rng.choice(list(COLOURS))} {rng.choice(list(POLYGONS))}"
+        way = ROUND if i // 4 % 2 else ROUND[::-1]
+        turns = [f"moves {way[(i + k) % 4]}" for k in range(sentences)]
+        verbs = turns if kind == "round" else ["spins"] * sentences
+        told.append([f"{subject} {verb}" for verb in verbs])
+    return told
+
+
+def seam_frames(sentences: int, overlap: int) -> list[int]:
+    """The last frame before each sentence but the first."""
+    return [k * (FRAMES - overlap) + overlap - 1 for k in range(1, sentences)]
+
+
+def is_told(video: np.ndarray, story: list[str], overlap: int) -> list[bool]:
+    """Can each sentence be read in the frames that it adds and the one before them?"""
+    starts = [0, *seam_frames(len(story), overlap)]
+    ends = [start + 1 for start in starts[1:]] + [len(video)]
+    return [
+        actions_shown(video[start:end]) == (sentence.split()[-1],)
+        for start, end, sentence in zip(starts, ends, story)
+    ]
+
+
 def stories(pipeline: Pipeline, num: int) -> None:
-    """Two chunks each: how much frames change at the seam, relative to inside the chunks, and how
-    many of the stories are told."""
-    rng = np.random.default_rng(0)
-    subjects = [f"a {rng.choice(list(COLOURS))} {rng.choice(list(POLYGONS))}" for _ in range(num)]
-    turns = [(x, y) for x in ("left", "right") for y in ("up", "down")]
-    turns = list(itertools.islice(itertools.cycle(turns + [(y, x) for x, y in turns]), num))
-    kinds = {
-        "two sentences": [[f"{s} moves {x}" for x in turn] for s, turn in zip(subjects, turns)],
-        "one sentence": [[f"{s} spins"] * 2 for s in subjects],
-    }
-    for (name, told), overlap in itertools.product(kinds.items(), (1, 4)):
+    """Stories of two and of five sentences: how much frames change at the seams, relative to inside
+    the chunks; how many of the stories are told, and how many of their sentences."""
+    for kind, sentences, overlap in itertools.product(("round", "spins"), (2, 5), (1, 4)):
+        told = write_stories(kind, num, sentences)
         videos = pipeline.generate(told, overlap=overlap)
-        change = changes(videos)
-        seam, inside = change[:, FRAMES - 1], np.delete(change, FRAMES - 1, axis=1)
-        right = [
-            actions_shown(part) == (sentence.split()[-1],)
-            for video, story in zip(videos, told)
-            for part, sentence in zip((video[:FRAMES], video[FRAMES - 1 :]), story)
-        ]
-        print_row(story=name, overlap=overlap, seam=seam.mean() / inside.mean(),
-             told=int(np.reshape(right, (num, 2)).all(1).sum()), of=num)
+        change, where = changes(videos), seam_frames(sentences, overlap)
+        inside = np.delete(change, where, axis=1)
+        right = np.array([is_told(*story, overlap) for story in zip(videos, told)])
+        print_row(
+            story=kind, sentences=sentences, overlap=overlap,
+            seam=change[:, where].mean() / inside.mean(), told=int(right.all(1).sum()), of=num,
+            sentences_told=right.mean(),
+        )
 
 
 def position(video: np.ndarray) -> np.ndarray:
@@ -115,7 +137,7 @@ def parse_args(argv=None):
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", default=CHECKPOINT, help="(the shipped model)")
     parser.add_argument(
-        "--num", type=number(int, 1, 10_000), default=20, help="clips of each kind (%(default)s)"
+        "--num", type=number(int, 1, 10_000), default=100, help="clips of each kind (%(default)s)"
     )
     return parser.parse_args(argv)
 

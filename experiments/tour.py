@@ -237,6 +237,8 @@ def text_stations(pipeline: Pipeline, sentence: str) -> list[str]:
 
 
 def latent_stations(pipeline: Pipeline, sentence: str) -> list[str]:
+    if isinstance(pipeline.size, tuple):
+        raise UserError("the tour draws square frames, and those of this checkpoint are not")
     clip, exact = draw_sentence(sentence, pipeline.size)
     video = to_model(clip[None]).to(pipeline.device)
     latents = pipeline.vae.encode_video(video)

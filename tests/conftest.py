@@ -19,6 +19,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 torch.set_num_threads(1)  # the models are tiny: a second thread costs more than it gives
 
 
+def pytest_addoption(parser):
+    parser.addoption("--inputs", type=int, default=100, help="of all kinds for test_fuzz.py")
+
+
 def pytest_configure(config):
     config.addinivalue_line("markers", "gpu: needs a CUDA GPU; runs where T2V_GPU=1 is set")
 
@@ -37,7 +41,7 @@ def tiny_configs():
     from vae import VAEConfig
 
     unet = UNet3DConfig(
-        latent_size=4, widths=(32, 32), blocks=(1, 1), attention=(True, True), head_width=16,
+        widths=(32, 32), blocks=(1, 1), attention=(True, True), head_width=16,
         text_width=32, embedding_width=32, groups=4,
     )
     text = TextEncoderConfig(context_length=100, width=32, depth=1, heads=2)
@@ -85,7 +89,8 @@ def tiny_pipeline():
                     p.normal_(0, 0.1)
     dataset = MovingShapes(200)
     tokenizer = Tokenizer.train(dataset.describe(i)[0] for i in range(len(dataset)))
-    return Pipeline(tokenizer, *models, NoiseSchedule(DiffusionConfig(shift=2.0)))
+    return Pipeline(tokenizer, *models, NoiseSchedule(DiffusionConfig(shift=2.0)),
+                    data={"size": 32})
 
 
 @pytest.fixture(scope="session")

@@ -27,7 +27,7 @@ from PIL import Image
 
 import data
 from data import UCF101, DataError, VideoError, VideoFolder, contact_sheet, find_captions
-from data import middle_square, prefetch, read_ahead, read_frames, read_image, to_model, to_uint8
+from data import middle_part, prefetch, read_ahead, read_frames, read_image, to_model, to_uint8
 from data import write_video
 from shapes import MovingShapes, Thing, render
 
@@ -1259,7 +1259,7 @@ def test_a_picture_enlarged_for_viewing_is_read_as_it_was(tmp_path, upscale):
     assert np.array_equal(read_image(path, 32), frame[0])
     write_video(tmp_path / "x.gif", frame, upscale=upscale)
     clip, _ = read_frames(tmp_path / "x.gif", lambda times: [0], None)
-    picture = middle_square(clip[0], 32)
+    picture = middle_part(clip[0], 32)
     assert np.abs(picture.astype(int) - frame).max() <= 8  # a GIF has 256 colours
 
 
@@ -1298,3 +1298,22 @@ def test_pictures_keep_their_brightness_and_stand_upright(tmp_path):
         Image.fromarray(values).save(tmp_path / name)
         with pytest.raises(VideoError, match="do not lie between 0 and 1"):
             read_image(tmp_path / name, 8)
+
+
+@pytest.mark.parametrize("curves", [
+    {"one": [(1, 0.0)]}, {"one": [(50, 0.7), (100, 0.3)], "another": [(100, 2e6)]},
+    {"many": [(x, 1 / x) for x in range(1, 1000)], "few": [(500, 3.0), (999, 0.1)]},
+])
+def test_a_chart_has_a_line_of_its_own_colour_for_every_curve(curves):
+    picture = data.chart(curves, "steps", "loss")
+    assert picture.shape == (340, 560, 3)
+    for colour in ((230, 75, 60), (70, 140, 240))[: len(curves)]:
+        assert (picture[:, :470] == colour).all(-1).any()
+
+
+def test_captions_with_few_words_in_common():
+    captions = ["a cat runs", "a cat walks", "a dog barks loudly", "a cat runs", "the sun"]
+    chosen = data.different(captions, 3)
+    assert set(chosen) == {"a cat runs", "a dog barks loudly", "the sun"}
+    assert sorted(data.different(captions, 9)) == sorted(set(captions))
+    assert data.different(["up, right", "right, up", ""], 3)[0] == ""

@@ -1,6 +1,7 @@
 """The measurements measure what they say, on videos whose truth is known."""
 
 import html.parser
+import itertools
 import json
 import re
 from dataclasses import asdict, replace
@@ -14,8 +15,10 @@ import torch
 from conftest import tiny_configs
 from data import FPS, VideoFolder
 from diffusion import DiffusionConfig, SAMPLERS
-from experiments import ablate, nearest, order, reference, slices, speed, steps, tasks, tour
-from shapes import COLOURS, DIRECTIONS, SPEED, Thing, read_things, render
+from experiments import ablate, motions, nearest, order, reference, slices, speed, steps
+from experiments import tasks, tour
+from shapes import COLOURS, DIRECTIONS, MOTIONS, POLYGONS, REACH, SPEED, WORDINGS, Thing
+from shapes import read_things, render
 
 
 def rows(text):
@@ -48,6 +51,65 @@ def test_speeds_are_those_of_the_renderer(capsys):
     found = rows(capsys.readouterr().out)
     assert [row["fps"] for row in found] == [8, 9, 10, 11, 12]
     assert all(row["pixels_a_second"] == pytest.approx(SPEED, rel=0.02) for row in found)
+
+
+def film(story, x=32.0, y=32.0):
+    """What the renderer makes of a story: each sentence begins where the one before has ended."""
+    parts, angle = [], 0.0
+    for sentence in story:
+        _, colour, shape, *_, action = sentence.split()
+        one = Thing(colour, shape, "", (action,), x, y, angle)
+        parts.append(render([one])[bool(parts) :])
+        x, y, _, angle = map(float, one.path(16, 8.0)[:, -1])
+    return np.concatenate(parts)
+
+
+def test_stories_of_the_renderer_are_told(capsys):
+    def generate(stories, overlap):
+        frames = 16 + (len(stories[0]) - 1) * (16 - overlap)
+        return np.stack([film(story)[:frames] for story in stories])
+
+    tasks.stories(SimpleNamespace(generate=generate), 8)
+    found = [row for row in rows(capsys.readouterr().out) if row["overlap"] == 1]
+    assert [(row["story"], row["sentences"]) for row in found] == [
+        ("round", 2), ("round", 5), ("spins", 2), ("spins", 5)
+    ]  # fmt: skip
+    assert all(row["told"] == row["of"] == 8 and row["sentences_told"] == 1 for row in found)
+    assert all(0.8 < row["seam"] < 1.2 for row in found)
+
+
+def test_stories_that_take_another_turn_are_not_told():
+    story = tasks.write_stories("round", 1, 2)[0]
+    assert tasks.is_told(film(story), story, 1) == [True, True]
+    assert tasks.is_told(film(story), [story[0]] * 2, 1) == [True, False]
+
+
+def test_from_the_middle_every_story_can_go_round():
+    assert len({tuple(s.split()[-1] for s in x) for x in tasks.write_stories("round", 8, 2)}) == 8
+    for story, *place in itertools.product(tasks.write_stories("round", 8, 5), *[(28.0, 36.0)] * 2):
+        assert all(tasks.is_told(film(story, *place), story, 1)), (story, place)
+
+
+def test_every_shape_is_asked_for_in_every_motion(monkeypatch, capsys):
+    """A model whose stars are squares, and that never spins."""
+    def generate(captions):
+        asked = (caption.replace("star", "square").split(maxsplit=3) for caption in captions)
+        return [render([Thing(c, s, "", (ACTIONS[words],), 32.0, 32.0, 0.1)])
+                for _, c, s, words in asked]
+
+    wordings = {WORDINGS[action][0]: action for action in MOTIONS}
+    ACTIONS = wordings | {WORDINGS["spins"][0]: "stays still"}
+    pipeline = SimpleNamespace(generate=generate)
+    monkeypatch.setattr(motions, "load_pipeline", lambda *_: pipeline)
+    motions.motions("", 2)
+    found = {(row["motion"], row["right"]): row for row in rows(capsys.readouterr().out)}
+    assert {motion for motion, _ in found} == set(MOTIONS)
+    for (motion, right), row in found.items():
+        shapes = set(POLYGONS if motion == "spins" else REACH)
+        assert set(row) == {"motion", "right", "mean", *shapes}
+        wrong = {"star"} if right == "shape" else shapes if motion == "spins" else set()
+        assert {shape for shape in shapes if row[shape] != 1} == wrong
+        assert row["mean"] == pytest.approx(1 - len(wrong) / len(shapes), abs=1e-3)
 
 
 def test_slices_hide_the_order_that_whole_clips_show(tmp_path):
@@ -242,9 +304,9 @@ def test_the_tour_is_one_page_that_names_true_places(tiny_checkpoint, tmp_path, 
 
 
 @pytest.mark.parametrize("module, words", [
-    (order, "--num 0"), (slices, "--steps many"), (tasks, "nothing"), (steps, "--num"),
-    (reference, "--num 1"), (nearest, ""), (speed, ""), (tour, ""), (tour, "words --out page.pdf"),
-    (ablate, "--arm other"), (ablate, "--minutes 0"),
+    (order, "--num 0"), (motions, "--num 0"), (slices, "--steps many"), (tasks, "nothing"),
+    (steps, "--num"), (reference, "--num 1"), (nearest, ""), (speed, ""), (tour, ""),
+    (tour, "words --out page.pdf"), (ablate, "--arm other"), (ablate, "--minutes 0"),
 ])
 def test_mistakes_are_told_in_one_line(module, words, capsys):
     with pytest.raises(SystemExit, match="2"):

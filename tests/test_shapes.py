@@ -2,17 +2,23 @@
 renderer draws and wrong where a video is wrong."""
 
 import dataclasses
+import importlib.util
+import re
+import sys
+from collections import Counter
 from itertools import permutations
+from pathlib import Path
 
 import numpy as np
 import pytest
-from scipy.ndimage import gaussian_filter
+from scipy.ndimage import gaussian_filter, label
 
+import shapes
 from data import FPS
 from shapes import (
-    BACKGROUND, COLOURS, DIRECTIONS, FPS_RANGE, GROWTH, MOTIONS, POLYGONS, RADII, REACH, SIZE,
-    SPEED, SPIN, MovingShapes, Reading, Thing, caption_accuracy, describe, held_out, read_things,
-    render,
+    BACKGROUND, COLOURS, DIRECTIONS, FPS_RANGE, FREE, GROWTH, MOTIONS, PARAPHRASES, POLYGONS, RADII,
+    REACH, SIZE, SPEED, SPIN, UNSEEN, MovingShapes, Reading, Thing, asked, caption_accuracy,
+    describe, held_out, read_things, render,
 )  # fmt: skip
 
 
@@ -51,6 +57,18 @@ def test_settings_are_checked():
     assert len(list(MovingShapes(3))) == 3
 
 
+def test_single_frames_are_crowded_in_training_alone():
+    def objects(split):
+        pairs = [MovingShapes(99, split).random_frames(i, np.random.default_rng(i), 2)
+                 for i in range(20)]
+        return [label(frame.max(-1) > 60)[1] for pair in pairs for frame in pair]
+
+    assert max(objects("train")) > 3 and set(objects("heldout")) == {1}
+    dataset = MovingShapes(9, "heldout")
+    frames = dataset.random_frames(3, np.random.default_rng(0), 16)
+    assert sorted(map(bytes, frames)) == sorted(map(bytes, dataset[3].video))
+
+
 def test_settings_are_kept():
     dataset = MovingShapes(5, frames=5, size=32, fps=7.0, objects=2)
     for sample in dataset:
@@ -79,15 +97,55 @@ def test_canonical_captions(scene, caption):
 
 def test_varied_captions_keep_the_words_that_matter():
     rng = np.random.default_rng(0)
-    scene = [thing("blue", "star", "big", ("up", "grows"))]
-    captions = {describe(scene, rng) for _ in range(200)}
-    assert describe(scene) in captions and len(captions) > 10
-    firsts, seconds = ("up", "rises"), ("grows", "bigger")
-    for words in map(str.split, (c.replace(",", " ,") for c in captions)):
-        assert "blue" in words and "star" in words and ("big" in words or "large" in words)
+    scene = [thing("blue", "circle", "big", ("up", "grows"))]
+    captions = [describe(scene, rng) for _ in range(500)]
+    firsts, seconds = ("up", "rises", "upwards"), ("grows", "bigger", "larger", "growing")
+    for words in (re.findall(r"\w+", caption) for caption in captions):
+        assert "blue" in words and ("big" in words or "large" in words), words
+        assert set(words) & {"circle", "ball", "disc"}, words
         then = words.index("then")
         assert any(w in words[:then] for w in firsts), words
         assert any(w in words[then:] for w in seconds), words
+    assert len(set(captions)) > 100
+    counts = Counter(captions)
+    assert counts.most_common(1)[0][0] == describe(scene) and counts[describe(scene)] > 200
+
+
+@pytest.mark.parametrize("part", [
+    "^the ", "^big", "^blue", "blue big circle", r"\.$", " and then ", " ball ",
+    "goes up, then left",
+])  # fmt: skip
+def test_captions_vary_as_those_of_people_do(part):
+    rng = np.random.default_rng(0)
+    scene = [thing("blue", "circle", "big", ("up", "left"))]
+    pattern = part if part != "^blue" else "^blue big"
+    assert any(re.search(pattern, describe(scene, rng)) for _ in range(2000))
+
+
+def test_paraphrases_are_never_shown(monkeypatch):
+    assert len(PARAPHRASES) == 100 == len(UNSEEN)
+    dataset = MovingShapes(2000)
+    assert not UNSEEN & {dataset.caption(i) for i in range(2000)}
+    words = set(re.findall(r"\w+", " ".join(dataset.caption(i) for i in range(2000))))
+    assert set(re.findall(r"\w+", " ".join(UNSEEN))) <= words  # but every word of theirs is
+    caption = dataset.caption(0)
+    monkeypatch.setattr("shapes.UNSEEN", {caption})
+    assert dataset.caption(0) != caption and dataset.caption(0) == dataset.caption(0)
+
+
+def test_what_paraphrases_ask_for_can_be_seen():
+    words = set()
+    for prompt, meaning in PARAPHRASES.items():
+        for thing in asked(meaning):
+            assert thing.colour in COLOURS and thing.colour in prompt.lower(), prompt
+            assert thing.shape in REACH and set(thing.actions) <= set(MOTIONS), prompt
+            assert thing.shape in POLYGONS or "spins" not in thing.actions, prompt
+            words |= {thing.colour, thing.shape, *thing.actions}
+    assert words == {*COLOURS, *REACH, *MOTIONS}
+    # The oracle finds it in a video, and finds that another one does not show it.
+    scene, other = asked("red circle: right, up"), asked("red circle: up, right")
+    assert caption_accuracy([scene], [render(scene)], FPS)["all"] == 1
+    assert caption_accuracy([scene], [render(other)], FPS)["order"] == 0
 
 
 # ------------------------------------------------------------------------------ the held-out rule
@@ -141,6 +199,52 @@ def test_objects_stay_in_the_frame_and_apart(settings):
             assert scene[0].colour != scene[1].colour
             apart = np.hypot(*(paths[0][:2] - paths[1][:2]))
             assert (apart > sum(reaches) + 1).all()
+
+
+@pytest.mark.parametrize("motion", DIRECTIONS)
+def test_the_edge_is_a_wall(motion):
+    """Things stop at it, and set off from there when they turn back."""
+    back = {"left": "right", "right": "left", "up": "down", "down": "up"}[motion]
+    mover = thing("white", "square", actions=(motion, back))
+    x, y, radius, _ = mover.path(64, 8.0)  # four seconds there, four back
+    along = np.array([x, y]).T @ DIRECTIONS[motion]
+    reach = RADII[""] * REACH["square"] + 1
+    stop = (SIZE - reach) if sum(DIRECTIONS[motion]) > 0 else -reach
+    assert along.max() == pytest.approx(stop) and (along[26:33] == along.max()).all()
+    np.testing.assert_allclose(np.diff(along[32:]), -SPEED / 8, atol=1e-4)
+
+
+def test_what_grows_is_pushed_from_the_wall():
+    x, y, radius, _ = thing("white", "star", actions=("grows",), x=13.0, y=32.0).path(16, 8.0)
+    assert (x >= radius * REACH["star"] + 1 - 1e-4).all() and x[-1] > x[0] + 4 and (y == 32).all()
+
+
+def test_clips_begin_where_most_of_the_way_is_free():
+    def begin(dataset):
+        scenes = [dataset.describe(i)[1:] for i in range(300)]
+        assert all(t.free(16, fps) > FREE for fps, scene in scenes for t in scene)
+        reach = np.array([RADII[t.size] * REACH[t.shape] + 1 for _, scene in scenes for t in scene])
+        places = np.array([(t.x, t.y) for _, scene in scenes for t in scene])
+        return (places - reach[:, None]) / (SIZE - 2 * reach[:, None])
+
+    one, two = (begin(MovingShapes(300, seed=2, objects=n)) for n in (1, 2))
+    middle = (np.abs(one - 0.5) <= 0.1 + 1e-6).all(1).mean()
+    assert 0.75 < middle < 0.9  # of these there is room to go on in every direction
+    for places in (one, two):  # and some begin at each wall
+        assert (places.min(0) < 1e-6).all() and (places.max(0) > 1 - 1e-6).all()
+
+
+def test_a_world_that_is_too_small_is_refused():
+    with pytest.raises(ValueError, match="400 frames, 8 a second"):
+        [MovingShapes(20, frames=400, fps=8.0).describe(i) for i in range(20)]
+
+
+def test_how_free_a_way_is():
+    assert thing(actions=("stays still",), x=9.0).free(16, 8.0) == 1
+    assert thing(actions=("right",)).free(17, 8.0) == pytest.approx(1, abs=1e-4)
+    blocked = thing("white", "circle", "small", ("left", "right"), x=SIZE / 2)
+    far = blocked.free(64, 8.0)  # 4 seconds, but 25.3 pixels to the wall
+    assert far == pytest.approx((32 - 6 * 0.95 - 1) / (4 * SPEED), abs=1e-4)
 
 
 def test_nothing_is_drawn_at_the_border():
@@ -202,7 +306,7 @@ def test_objects_begin_upright():
         if sample.scene[0].shape == "square":  # fills its bounding box; half of it on its corner
             assert len(y) > 0.7 * (np.ptp(y) + 1) * (np.ptp(x) + 1)
         if sample.scene[0].shape == "triangle":  # 3/4 of it are in the lower half: its tip is above
-            assert (y > (y.min() + y.max()) / 2).mean() > 0.65
+            assert (y > (y.min() + y.max()) / 2).mean() > 0.6
 
 
 def test_resolution_changes_nothing_but_sharpness():
@@ -378,3 +482,28 @@ def test_unusable_arrays_are_refused():
             read_things(wrong, FPS)
     with pytest.raises(ValueError):
         caption_accuracy([[THING], [THING]], [video], FPS)
+
+
+def test_a_new_colour_and_a_new_shape_are_three_lines(tmp_path):
+    """The first exercise of the README, as written there."""
+    source = Path(shapes.__file__).read_text()
+    for table, line in {
+        "COLOURS": '"orange": (250, 140, 40)', "REACH": '"hexagon": 1.05',
+        "POLYGONS": '"hexagon": (6, np.cos(np.pi / 6))',
+    }.items():
+        assert f"{table} = {{" in source
+        source = source.replace(f"{table} = {{", f"{table} = {{{line}, ")
+    (tmp_path / "more_shapes.py").write_text(source)
+    spec = importlib.util.spec_from_file_location("more_shapes", tmp_path / "more_shapes.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["more_shapes"] = module  # dataclasses look their module up
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        del sys.modules["more_shapes"]
+    clips = [clip for clip in module.MovingShapes(400, objects=1)
+             if {"orange", "hexagon"} & set(clip.caption.split())]
+    assert len(clips) > 60
+    read = module.caption_accuracy([c.scene for c in clips], [c.video for c in clips],
+                                   [c.fps for c in clips])
+    assert read["all"] >= 0.98

@@ -76,8 +76,8 @@ def test_merges_never_cross_words(tokenizer):
 
 
 def test_first_merges_by_hand():
-    # " ab" x 3 and "ab": (a, b) occurs 4 times, then (space, ab) 3 times, then nothing is left.
-    tokenizer = Tokenizer.train(["ab ab ab ab"])
+    # " ab" x 3 and " cab": (a, b) occurs 4 times, then (space, ab) 3 times, then nothing is left.
+    tokenizer = Tokenizer.train(["ab cab ab ab"])
     a, b, space = 3 + ord("a"), 3 + ord("b"), 3 + ord(" ")
     assert tokenizer.merges == [(a, b), (space, FIRST_MERGE)]
     assert tokenizer.encode("ab ab") == [1, FIRST_MERGE, FIRST_MERGE + 1, 2]
@@ -93,9 +93,8 @@ def test_incremental_counts_equal_recounting():
         partial = Tokenizer(merges[:n])
         counts = {}
         for text in texts:
-            words = text.split(" ")
-            for word in words[:1] + [" " + word for word in words[1:]]:
-                ids = partial.encode_piece(word)
+            for word in text.split(" "):
+                ids = partial.encode_piece(" " + word)
                 for pair in zip(ids, ids[1:]):
                     counts[pair] = counts.get(pair, 0) + 1
         assert merges[n] == min(counts, key=lambda p: (-counts[p], p))
@@ -146,13 +145,29 @@ def test_batch(tokenizer):
     assert tokens.dtype == torch.int64 and mask.dtype == torch.bool
     assert tokens.shape == mask.shape == (3, len(tokenizer.encode(texts[2])))
     for row, keep, text in zip(tokens, mask, texts):
-        assert row[keep].tolist() == tokenizer.encode(text)
+        assert row[keep].tolist() == tokenizer.encode(text and " " + text)
         assert (row[~keep] == PAD).all()
+
+
+def test_a_word_is_the_same_wherever_it_stands(tokenizer):
+    first, later = tokenizer.batch(["red circle", "Red  red"], context_length=64)[0]
+    assert first[1] == later[1] == later[2]  # one token each: the word with its space
+    assert tokenizer.words_and_lengths("red circle") == [("red", 1), ("circle", 1)]
+
+
+def test_tokenizers_of_before_encode_as_they_did(tokenizer):
+    """Models were trained on first words without a space; their checkpoints say nothing of it."""
+    state = tokenizer.state_dict()
+    assert state.pop("first_space") is True
+    old = Tokenizer.from_state_dict(state)
+    assert old.batch(["Red red"], 64)[0].tolist() == [old.encode("red red")]
+    assert old.batch(["Red red"], 64)[0].tolist() != tokenizer.batch(["Red red"], 64)[0].tolist()
+    assert Tokenizer.from_state_dict(old.state_dict()).first_space is False
 
 
 def test_too_long_text_raises(tokenizer):
     text = "a red circle moves right, then up"
-    length = len(tokenizer.encode(text))
+    length = len(tokenizer.encode(" " + text))
     tokenizer.batch([text], context_length=length)
     with pytest.raises(ValueError, match=rf"{length} tokens .*{length - 1}: shorten the prompt$"):
         tokenizer.batch(["", text], context_length=length - 1)
@@ -316,3 +331,20 @@ def encode(tokenizer, encoder, texts):
     tokens, mask = tokenizer.batch(texts, encoder.config.context_length)
     with torch.no_grad():
         return encoder(tokens, mask), mask
+
+
+def test_a_long_text_is_cut_after_a_word():
+    tokenizer = Tokenizer.train(["a red circle moves right, then up"] * 2)
+    text = "a red circle moves right, then up, says żółć  and ends"
+    whole = text_encoder.normalize(text)
+    for length in range(3, 60):
+        short = tokenizer.cut(text, length)
+        encoded = tokenizer.encode(text_encoder.normalize(short))
+        if short == text:
+            break
+        assert len(encoded) <= length and (whole.startswith(f"{short} ") or length < 4)
+        more = " ".join(whole.split()[: len(short.split()) + 1])
+        assert len(tokenizer.encode(more)) > length or length < 4
+    assert short == text and length > 20  # the text itself, two spaces and all
+    assert tokenizer.cut("żółć" * 50, 7) == "żó"  # inside a word where nothing else is left
+    assert tokenizer.cut("", 2) == "" and tokenizer.cut("\ud800" * 9, 5) == "???"
