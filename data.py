@@ -8,10 +8,10 @@ arrays of shape (f, h, w, 3); `to_model` and `to_uint8` convert to and from floa
 [-1, 1], which is what every network sees. No other range exists in the project.
 """
 
+import codecs
 import contextlib
 import copy
 import csv
-import functools
 import hashlib
 import io
 import itertools
@@ -196,20 +196,18 @@ def _write_sheet(path, video, fps, upscale):
 # ------------------------------------------------------------------------------ reading videos
 
 PIXELS = 2  # number of the code that makes frames of a file: goes up whenever it makes others
-VIDEOS = (".3g2", ".3gp", ".asf", ".avi", ".divx", ".dv", ".f4v", ".flv", ".gif", ".m2ts", ".m2v",
-          ".m4v", ".mkv", ".mov", ".mp4", ".mpe", ".mpeg", ".mpg", ".mts", ".mxf", ".ogv", ".qt",
-          ".ts", ".vob", ".webm", ".wmv", ".y4m")  # fmt: skip
+VIDEOS = tuple(
+    ".3g2 .3gp .asf .avi .divx .dv .f4v .flv .gif .m2ts .m2v .m4v .mkv .mov .mp4 .mpe .mpeg .mpg "
+    ".mts .mxf .ogv .qt .ts .vob .webm .wmv .y4m".split()
+)
 IMAGES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 # What may be inside, whatever the name says: neither PostScript, which Pillow would run, nor lists
 # of other files.
 PICTURE_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 MAX_PIXELS = 2**27  # of a picture; of a frame of a video a quarter, which is 8K
-FFMPEG = {
-    "format_whitelist": "asf,avi,dv,flv,gif,h264,hevc,m4v,matroska,mov,mpeg,mpegts,mpegvideo,mxf,"
-                        "ogg,yuv4mpegpipe",
-    "protocol_whitelist": "file",
-    "max_pixels": str(MAX_PIXELS // 4),
-}  # fmt: skip
+FFMPEG = {"max_pixels": str(MAX_PIXELS // 4), "protocol_whitelist": "file", "format_whitelist":
+          "asf,avi,dv,flv,gif,h264,hevc,m4v,matroska,mov,mpeg,mpegts,mpegvideo,mxf,ogg,"
+          "yuv4mpegpipe"}  # fmt: skip
 FOLDER_FPS = 25.0  # of a folder of frames, which does not say
 warnings.filterwarnings("ignore", module=r"PIL\.")  # of damaged files: one error says enough
 
@@ -259,10 +257,8 @@ def _cover(width, height, size, count=1):
     """(width, height) scaled until they just cover `size`; only rounded if that is None. Raises
     VideoError where `count` frames of it are too many pixels."""
     if size is not None:
-        low, high = sorted((size[0] / width, size[1] / height))
-        if high > 64 * low:
-            raise VideoError(f"too narrow: {width:.0f} x {height:.0f} pixels")
-        width, height = max(size[0], width * high), max(size[1], height * high)
+        scale = max(size[0] / width, size[1] / height)
+        width, height = max(size[0], width * scale), max(size[1], height * scale)
     if count * width * height > 2 * MAX_PIXELS:
         raise VideoError(f"{count} times {width:.0f} x {height:.0f} pixels are too many")
     return max(round(width), 1), max(round(height), 1)
@@ -376,11 +372,10 @@ def _breaks_off(path):
     total, position = os.path.getsize(path), 0
     with open(path, "rb") as file:
         while len(head := file.read(16)) == 16:
-            before = after = 0  # bytes of the part that its length leaves out
-            if head[:4] == b"RIFF":
-                length = int.from_bytes(head[4:8], "little") % (2**32 - 1)
-                after = 8 + length % 2  # some programs count the first 8 bytes and some do not
-            elif head[:4] in (b"\x1aE\xdf\xa3", b"\x18S\x80g"):  # EBML header, Segment
+            before = 0  # bytes of the part that its length leaves out
+            if head[:4] == b"RIFF":  # some programs count the first 8 bytes and some do not
+                return int.from_bytes(head[4:8], "little") % (2**32 - 1) > total
+            if head[:4] in (b"\x1aE\xdf\xa3", b"\x18S\x80g"):  # EBML header, Segment
                 before = 13 - head[4].bit_length()
                 unknown = 2 ** (7 * (before - 4)) - 1
                 length = (int.from_bytes(head[4:before], "big") & unknown) % unknown
@@ -388,13 +383,10 @@ def _breaks_off(path):
                 length = int.from_bytes(head[:4], "big")
                 length = int.from_bytes(head[8:], "big") if length == 1 else length
             else:
-                return False
-            if length == 0:  # unknown: up to the end
-                return False
+                break
             position += before + length
-            if position > total:
-                return True
-            position += after
+            if length == 0 or position > total:  # 0: unknown, up to the end
+                return length > 0
             file.seek(position)
     return False
 
@@ -413,8 +405,6 @@ class _Video:
     """
 
     def __init__(self, path):
-        from av.stream import Disposition
-
         self.path = os.path.abspath(path)  # or ffmpeg takes "a:b.mp4" for a protocol
         with self.open() as container:
             packets = {s.index: [] for s in container.streams.video if s.codec_context}
@@ -434,25 +424,19 @@ class _Video:
 
             def rank(number):  # a thumbnail has few frames, a preview few pixels
                 stream = container.streams[number]
-                return (Disposition.attached_pic not in stream.disposition,
-                        2 * len(packets[number]) >= most,
-                        Disposition.default in stream.disposition, stream.width * stream.height)
+                return 2 * len(packets[number]) >= most, stream.width * stream.height
 
             self.number = max(packets, key=rank)
-            stream, kind = container.streams[self.number], container.format.name
+            stream = container.streams[self.number]
             times, sizes, keys, told = np.array(packets[self.number], float).T
             self.unit = float(stream.time_base)
             self.interval = 1 / float(stream.average_rate or FOLDER_FPS) / self.unit
             aspect = float(stream.sample_aspect_ratio or 1)
             self.aspect = aspect if abs(aspect - 1) > 0.02 else 1  # nearly square is square
-            # B-frames are shown in another order than they are stored in. Where the times do not
-            # say so they are those of storing, as always in AVI.
-            delayed = stream.codec_context.has_b_frames
         order = np.argsort(times, kind="stable")
-        stored = delayed and (kind == "avi" or (np.diff(order) == 1).all())
         self.times, self.counted = times[order], False
         self.sizes, self.keys = sizes[order], np.flatnonzero(keys[order])
-        if stored or not told.all() or not (np.diff(self.times) > 0).all():
+        if not told.all() or not (np.diff(self.times) > 0).all():
             self.count()
 
     def open(self):
@@ -538,26 +522,22 @@ def middle_part(picture: np.ndarray, size: int | tuple) -> np.ndarray:
 # ------------------------------------------------------------------------------ captions
 
 TABLES = (".csv", ".json", ".jsonl", ".ndjson", ".tsv")
-FILE_COLUMNS = ("file", "file_name", "filename", "video", "video_path", "video_file", "video_name",
-                "media_path", "path", "file_path", "filepath", "clip")  # fmt: skip
-CAPTION_COLUMNS = ("caption", "captions", "text", "prompt", "cap", "description", "sentence")
+FILE_COLUMNS = ("file file_name filename video video_path video_file video_name media_path path "
+                "file_path filepath clip").split()  # fmt: skip
+CAPTION_COLUMNS = "caption captions text prompt cap description sentence".split()
 # Two lists whose lines belong together, as finetrainers and CogVideoX take them.
 CAPTION_LISTS = ("prompts.txt", "prompt.txt", "captions.txt", "caption.txt")
 VIDEO_LISTS = ("videos.txt", "video.txt")
 CAPTION_FOLDERS = ("labels", "captions")  # beside a folder `videos`
 # Folders that are not named after what happens in them.
-PLAIN_FOLDERS = ("clips", "data", "dataset", "dev", "eval", "frames", "media", "test", "testing",
-                 "train", "training", "val", "valid", "validation", "video", "videos")  # fmt: skip
+PLAIN_FOLDERS = ("clips data dataset dev eval frames media test testing train training val valid "
+                 "validation video videos").split()  # fmt: skip
 # What looks like captions: names and kinds of files.
-CAPTION_NAMES = ("annotation", "annotations", "dataset", "description", "descriptions", "label",
-                 "labels", "meta", "metadata", "sentences", "test", "text", "texts", "train",
-                 "val", "validation", "videos")  # fmt: skip
+CAPTION_NAMES = ("annotation annotations dataset description descriptions label labels meta "
+                 "metadata sentences test text texts train val validation videos").split()
 SPREADSHEETS = (".arrow", ".ods", ".parquet", ".xls", ".xlsx")
-CAPTION_KINDS = (*TABLES, *SPREADSHEETS, ".caption", ".srt", ".txt", ".vtt", ".xml", ".yaml",
-                 ".yml")  # fmt: skip
+CAPTION_KINDS = (*TABLES, *SPREADSHEETS, *".caption .srt .txt .vtt .xml .yaml .yml".split())
 MAX_TEXT = 2**28  # bytes of a table
-
-
 # What is no caption: numbers, and what programs write where there is nothing.
 NO_CAPTION = re.compile(r"\s*([\d\s.,+-]*|nan|none|null)\s*", re.IGNORECASE)
 
@@ -594,7 +574,9 @@ def _find(folder):
     texts, tables, unused = _texts(folder, videos, others), {}, {}
     for name in others:
         try:
-            tables[name] = _rows(folder / name, texts.get(name))
+            if not (rows := _rows(folder / name, texts.get(name))):
+                raise ValueError("it is empty")
+            tables[name] = rows
         except (OSError, ValueError, RecursionError) as error:
             unused[name] = reason(error)
     _check_unused(folder, videos, unused, bool(tables))
@@ -654,19 +636,14 @@ def words(name: str) -> str:
     return " ".join(re.split(r"[\s_-]+", name)).strip().lower()
 
 
-@functools.cache
-def _sentences():
-    return {name.lower(): sentence for name, sentence in UCF101.items()}
-
-
 def _name_caption(video):
     """The caption that the name of a video or of its folder gives."""
     *folders, name = _stem(video).split("/")
     named = [folder for folder in folders if folder.lower() not in PLAIN_FOLDERS]
     flat = re.fullmatch(r"v_([A-Za-z]+)_g\d+_c\d+", name)
     name = flat[1] if flat else [name, *named][-1]
-    text = words(name).encode(errors="replace").decode()  # names need not be text
-    return _sentences().get(name.lower(), text or name)
+    text = words(name).encode(errors="replace").decode() or name  # names need not be text
+    return SENTENCES.get(name.lower(), text)
 
 
 def _texts(folder, videos, others):
@@ -688,11 +665,8 @@ def _read_text(path):
     if not os.path.isfile(path) or os.path.getsize(path) > MAX_TEXT:
         raise ValueError(f"it is not a file of at most {MAX_TEXT} bytes")
     content = Path(path).read_bytes()
-    try:
-        utf16 = content[:2] in (b"\xff\xfe", b"\xfe\xff")
-        return content.decode("utf-16" if utf16 else "utf-8-sig")
-    except ValueError as error:
-        raise ValueError("it is not UTF-8 text") from error
+    marked = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    return content.decode("utf-16" if marked else "utf-8-sig")
 
 
 def _rows(path, videos):
@@ -701,63 +675,55 @@ def _rows(path, videos):
     pair = [next((p for p in map(path.with_name, names) if p.is_file()), None)
             for names in (VIDEO_LISTS, CAPTION_LISTS)]  # fmt: skip
     if videos:
-        rows = [(f"line {i}", video, line)
-                for i, line in enumerate(_read_text(path).split("\n"), 1) if line.strip()
-                for video in videos]  # fmt: skip
-    elif path in pair and all(pair):
+        lines = enumerate(_read_text(path).split("\n"), 1)
+        return [(f"line {i}", video, line) for i, line in lines if line.strip() for video in videos]
+    if path in pair and all(pair):
         files, captions = (_read_text(path).rstrip().split("\n") for path in pair)
         if len(files) != len(captions):
-            raise ValueError(f"{pair[1].name} has {len(captions)} lines, {pair[0].name} has "
-                             f"{len(files)}")
-        rows = [(f"line {i}", *row) for i, row in enumerate(zip(files, captions), 1)]
-    else:
-        rows = _read_table(path)
-        found = {column for _, row in rows for column in row}
-        if found and any(found.isdisjoint(names) for names in (FILE_COLUMNS, CAPTION_COLUMNS)):
-            raise ValueError(f"its columns are {', '.join(sorted(found)[:9])}")
-        rows = [(where, *(next((row[n] for n in names if n in row), None)
-                          for names in (FILE_COLUMNS, CAPTION_COLUMNS))) for where, row in rows]
-    if not rows:
-        raise ValueError("it is empty")
-    return rows
+            raise ValueError(f"{len(captions)} lines, {pair[0].name} {len(files)}")
+        return [(f"line {i}", *row) for i, row in enumerate(zip(files, captions), 1)]
+    table, columns = [], set()
+    for where, row in _read_table(path):
+        if not isinstance(row, dict):
+            raise ValueError(f'{where} is no {{"file": "...", "caption": "..."}}')
+        if None in row:
+            raise ValueError(f"{where} has too many columns; commas need quotation marks")
+        row = {re.sub(r"[\s-]+", "_", key.strip().lower()): row[key] for key in row}
+        columns |= row.keys()
+        table.append((where, *(next((row[n] for n in names if n in row), None)
+                               for names in (FILE_COLUMNS, CAPTION_COLUMNS))))  # fmt: skip
+    if table and (columns.isdisjoint(FILE_COLUMNS) or columns.isdisjoint(CAPTION_COLUMNS)):
+        raise ValueError(f"its columns are {', '.join(sorted(columns)[:9])}")
+    return table
 
 
 def _read_table(path):
-    """[(where, {column: value}), ...] of a table, columns in small letters. Raises ValueError."""
-    suffix = _suffix(path)
+    """[(where, {column: value}), ...] of a table. Raises ValueError."""
+    suffix, line, found = _suffix(path), 0, []
     if suffix not in TABLES:
         raise ValueError("it is of another kind")
-    text, line, found = _read_text(path), 0, []
-    if suffix in (".csv", ".tsv"):
-        delimiter = max(",;\t", key=text.split("\n", 1)[0].count)
-        line, rows = 1, csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter,
-                                       strict=True, skipinitialspace=True)  # fmt: skip
-    elif suffix == ".json":
+    text = _read_text(path)
+    if suffix == ".json":
         rows = json.loads(text)
         if isinstance(rows, dict) and any(_suffix(key) in VIDEOS for key in rows):
             # {name: caption}, or {name: row}
             rows = [{"file": key, **(row if isinstance(row, dict) else {"caption": row})}
                     for key, row in rows.items()]  # fmt: skip
         rows = rows if isinstance(rows, list) else [rows]
+    elif suffix in (".csv", ".tsv"):
+        delimiter = max(",;\t", key=text.split("\n", 1)[0].count)
+        line, rows = 1, csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter,
+                                       strict=True, skipinitialspace=True)  # fmt: skip
     else:
-        rows = (json.loads(line) if line.strip() else {} for line in text.split("\n"))
+        rows = (json.loads(line) if line.strip() else None for line in text.split("\n"))
     try:
         for i, row in enumerate(rows, 1):
             line = getattr(rows, "line_num", i)
-            where = f"{'entry' if suffix == '.json' else 'line'} {line}"
-            if not isinstance(row, dict):
-                raise ValueError('no {"file": "...", "caption": "..."}')
-            if None in row:
-                raise ValueError("too many columns; commas need quotation marks")
-            if row:
-                found.append((where, {re.sub(r"[\s-]+", "_", key.strip().lower()): value
-                                      for key, value in row.items()}))  # fmt: skip
-    except csv.Error as error:
-        raise ValueError(f"line {line + 1}: {error}; a quotation mark is not closed?") from error
-    except json.JSONDecodeError as error:
-        raise ValueError(f"line {line + 1}: {error}") from error
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}") from error
+            if row is not None:
+                found.append((f"{'entry' if suffix == '.json' else 'line'} {line}", row))
+    except (csv.Error, ValueError) as error:
+        hint = "; a quotation mark is not closed?" if isinstance(error, csv.Error) else ""
+        raise ValueError(f"line {line + 1}: {error}{hint}") from error
     return found
 
 
@@ -842,7 +808,7 @@ def _mentions(path, names, stems):
         if re.search(r"[^\W\d_]{2}", line):  # a word
             if named:
                 return True
-            begun += tokens[0].lower() in stems if tokens else 0
+            begun += bool(tokens) and tokens[0].lower() in stems
     return 2 * begun > len(lines)
 
 
@@ -1025,7 +991,7 @@ class VideoFolder:
 
 def _fingerprint(path):
     """Tells the contents of a file or folder of frames from others: sizes and three samples, since
-    reading all would take minutes."""
+    reading all would take minutes. None where it cannot be read."""
     try:
         if os.path.isdir(path):
             names = [name for name in sorted(os.listdir(path)) if _suffix(name) in IMAGES]
@@ -1049,15 +1015,16 @@ def prefetch(function: Callable, items: Iterable, workers: int | None = None) ->
     the processor's cores by default. What `function` raises is raised here. A thread that hangs, in
     a read from a stalled disk, does not keep the program from ending.
     """
-    workers, stopped = workers or min(os.cpu_count() or 1, 16), threading.Event()
+    workers = workers or min(os.cpu_count() or 1, 16)
     waiting, ahead = SimpleQueue(), deque()
 
     def work():
         for future, item in iter(waiting.get, None):
-            try:
-                future.set_result(None if stopped.is_set() else function(item))
-            except BaseException as error:
-                future.set_exception(error)
+            if future.set_running_or_notify_cancel():
+                try:
+                    future.set_result(function(item))
+                except BaseException as error:
+                    future.set_exception(error)
 
     threads = [threading.Thread(target=work, daemon=True) for _ in range(workers)]
     for thread in threads:
@@ -1071,7 +1038,8 @@ def prefetch(function: Callable, items: Iterable, workers: int | None = None) ->
         while ahead:
             yield ahead.popleft().result()
     finally:
-        stopped.set()
+        for future in ahead:
+            future.cancel()
         for _ in threads:
             waiting.put(None)
         for thread in threads:  # most are done soon: none is to run while the program ends
@@ -1199,3 +1167,4 @@ UCF101 = {
     "WritingOnBoard": "a person writes on a board",
     "YoYo": "a person plays with a yo-yo",
 }
+SENTENCES = {name.lower(): sentence for name, sentence in UCF101.items()}
