@@ -321,8 +321,8 @@ UNLIKE = 20  # levels of 255 that the autoencoder is wrong by where pictures are
 
 
 def grams(sentence):
-    """Its words and marks by none, one, two and three, with "" for its beginning and end; and a pair
-    with itself of each that comes twice."""
+    """Its words and marks by none, one, two and three, with "" for its beginning and end; and a
+    pair with itself of each that comes twice."""
     parts = ["", *re.findall(r"\w+|[^\w\s]", sentence.lower()), ""]
     twice = [(part, part) for part, count in Counter(parts[1:-1]).items() if count > 1]
     pairs, threes = zip(parts, parts[1:]), zip(parts, parts[1:], parts[2:])

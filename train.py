@@ -988,7 +988,7 @@ class TrainConfig:
     text_only: float = 0.5  # share of clips in which no frame is given clean
     image_fraction: float = 0.0  # share of clips whose frames are learnt as single pictures
     easy_start: int = 0  # steps of easier questions at first, see `beginning`
-    strides: tuple = ()  # (share of the steps, N): until then, every N-th frame; see `frame_stride`
+    strides: tuple = ((0.0, 1),)  # (share of the steps, N): until then every N-th frame
     log_every: int = 50
     save_every: int = 500  # checkpoint and sample pictures
 
