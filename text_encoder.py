@@ -174,14 +174,14 @@ class Tokenizer:
     def cut(self, text, length):
         """The first words of a text, as many as `batch` takes with this context length; the text
         itself where that is all of them."""
-        words = normalize(text).split(" ")
-        tokens = [self.encode(" " * (i > 0) + word) for i, word in enumerate(words)]
+        words = re.findall(" ?[^ ]+", self.prepare(text))
+        tokens = map(self.encode, words)
         ends = list(itertools.accumulate(len(ids) - 2 for ids in tokens))  # without start and end
-        if ends[-1] <= length - 2:
+        if not words or ends[-1] <= length - 2:
             return text
         # A word that is longer than all that is cut inside: a token is a byte or more.
         first = words[0].encode(errors="replace")[: length - 2].decode(errors="ignore")
-        return " ".join(words[: bisect.bisect(ends, length - 2)]) or first
+        return "".join(words[: bisect.bisect(ends, length - 2)] or [first]).strip()
 
     def batch(self, texts, context_length, device=None):
         """Encode a list of strings, normalized, padded to the longest of them.

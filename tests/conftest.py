@@ -87,7 +87,7 @@ def tiny_pipeline():
             for p in model.eval().requires_grad_(False).parameters():
                 if not p.any():
                     p.normal_(0, 0.1)
-    dataset = MovingShapes(200)
+    dataset = MovingShapes(400)
     tokenizer = Tokenizer.train(dataset.describe(i)[0] for i in range(len(dataset)))
     return Pipeline(tokenizer, *models, NoiseSchedule(DiffusionConfig(shift=2.0)),
                     data={"size": 32})

