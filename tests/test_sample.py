@@ -492,6 +492,7 @@ def test_defaults_and_captions_come_from_the_checkpoint(command, trained):
     ("a red circle moves left while a blue star spins", False),
     ("a red circle moves left while a blue circle moves left", False),
     ("two red circles", True), ("a red circle moves left, then up, then right", True),
+    ("a circle", True), ("red moves circle", True), ("the red circle goes right", False),
 ])
 def test_a_sentence_of_a_new_form_is_known(prompt, new):
     captions = dict.fromkeys(MovingShapes(1000).describe(i)[0] for i in range(1000))
@@ -502,8 +503,6 @@ def test_a_sentence_of_a_new_form_is_known(prompt, new):
 @pytest.mark.parametrize("prompt, options, words", [
     ("a red Cirlce spins", "", "'cirlce' (did you mean 'circle'?)"),
     ("a red circle moves Quickly", "", "'quickly' in"),
-    ("red circle spins", "", "'a red circle spins'"),
-    ("a red circle", "", "'a red circle spins'"),
     ("a red circle spins", "--fps 8", "--fps 8: in training 2 to 4"),
     ("a red circle spins", "--frames 16", "--frames 16: in training 5"),
     ("a red circle spins", "--guidance 9", "--guidance 9"),
