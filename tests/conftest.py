@@ -5,6 +5,7 @@ All tests run on the CPU, on a machine with a GPU too: they compare bits and for
 T2V_GPU=1 only those run that are marked `gpu`."""
 
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -46,6 +47,19 @@ def tiny_configs():
     )
     text = TextEncoderConfig(context_length=100, width=32, depth=1, heads=2)
     return unet, text, VAEConfig(widths=(16, 32, 32), groups=4)
+
+
+@pytest.fixture(autouse=True)
+def signals_of_a_test():
+    """What a command does about signals ends with its test."""
+    import tools
+
+    names = [getattr(signal, n) for n in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, n)]
+    handlers = {name: signal.getsignal(name) for name in names}
+    yield
+    for name, handler in handlers.items():
+        signal.signal(name, handler)
+    tools.interrupts.clear()
 
 
 @pytest.fixture
