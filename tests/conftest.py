@@ -54,11 +54,10 @@ def signals_of_a_test():
     """What a command does about signals ends with its test."""
     import tools
 
-    names = [getattr(signal, n) for n in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, n)]
-    handlers = {name: signal.getsignal(name) for name in names}
+    handlers = {number: signal.getsignal(number) for number in tools.SIGNALS}
     yield
-    for name, handler in handlers.items():
-        signal.signal(name, handler)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
     tools.interrupts.clear()
 
 
