@@ -31,6 +31,7 @@ if MAIN.name in ("sample.py", "train.py", "metrics.py") or MAIN.parent.name == "
 
 import torch  # takes a second or two
 import torch.distributed as dist
+from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
 
 # ------------------------------------------------------------------------------ manners
@@ -511,12 +512,22 @@ def check_weights(state: dict, expected: dict):
     refuse("not finite:", [k for k, x in state.items() if not x.isfinite().all()])
 
 
+class Unfilled(TorchFunctionMode):
+    """Weights of modules that are built in this context are left as they are. On the device "meta"
+    drawing them would take a second and a half, for imports alone."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if getattr(function, "__module__", None) == "torch.nn.init":
+            return args[0] if args else kwargs["tensor"]
+        return function(*args, **(kwargs or {}))
+
+
 def unpack(model_class: type, config_class: type, packed: dict) -> torch.nn.Module:
     """The inverse of `pack`: rebuild a model from a checkpoint alone, in float32. Raises UserError
     that names what does not fit."""
     try:
         config, state = read_config(config_class, packed["config"]), packed["state"]
-        with torch.device("meta"):  # takes no memory, whatever sizes the config asks for
+        with Unfilled(), torch.device("meta"):  # no memory, whatever sizes the config asks for
             expected = model_class(config).state_dict()
         check_weights(state, expected)
         model = model_class(config)

@@ -207,3 +207,10 @@ def test_every_device_can_be_asked_for(monkeypatch, request, name, precision, wa
     if device.type != "cuda":  # without CUDA there is no autocast for it
         with tools.autocast(device, precision):
             assert wanted in (None, torch.is_autocast_enabled(device.type))
+
+
+def test_reading_a_checkpoint_imports_no_compiler():
+    # Weights drawn on the device "meta" do, which takes longer than all else before the first step.
+    code = ("import sys, sample; sample.load_pipeline('pretrained/shapes.pt');"
+            "sys.exit('torch._dynamo' in sys.modules)")
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
