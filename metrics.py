@@ -26,7 +26,7 @@ Letters used here: `n` clips, `b` batch, `c` channels, `d` feature width, `f` fr
 and width. Videos are uint8 arrays (f, h, w, 3), the networks' inputs float in [-1, 1].
 """
 
-from tools import Parser, UserError, atomic_path, load_tensors, number, pick_device
+from tools import DEVICES, Parser, UserError, atomic_path, load_tensors, number, pick_device
 from tools import run_command, save_atomically
 
 import argparse
@@ -646,7 +646,7 @@ class Source:
         shapes = MovingShapes(args.num, "train", self.seed, args.frames, size, FPS)
         try:
             if not self.pipeline:
-                yield from (shapes[i] for i in range(args.num))
+                yield from shapes
                 return
             if captions is None:
                 captions = [shapes.caption(i) for i in range(args.num)]
@@ -773,18 +773,14 @@ def compare(real: dict | None, fake: dict, names: list[str]) -> dict:
 
 def small_sample_warnings(names: list[str], num: int, frames: int) -> list[str]:
     """What to say of values from too few clips: a list of sentences."""
-    warnings = []
-    if {"fvd", "kvd", "is"} & set(names) and num <= I3D_CLASSES:
-        warnings.append(
-            f"{num} clips are too few for {I3D_CLASSES} features: the covariance has not full "
-            "rank, FVD is too high, IS too low; compare only with values of as many clips"
-        )
-    if "fid" in names and num * frames <= V3_WIDTH:
-        warnings.append(
-            f"{num * frames} frames are too few for {V3_WIDTH} features: the covariance has not "
-            "full rank and FID is too high"
-        )
-    return warnings
+    of_clips, of_frames = {"fvd", "kvd", "is"} & set(names), {"fid"} & set(names)
+    return [
+        f"{count} {what} are too few for {width} features: the covariance has not full rank, so "
+        f"that distances are too high and IS is too low; compare only values of as many {what}"
+        for used, count, what, width in ((of_clips, num, "clips", I3D_CLASSES),
+                                         (of_frames, num * frames, "frames", V3_WIDTH))
+        if used and count <= width
+    ]
 
 
 def agree_on_clips(args: Namespace, sources: list[Source]) -> int | None:
@@ -893,48 +889,37 @@ METRICS = ("fvd", "kvd", "is", "fid", "captions")
 
 
 def parse_args(argv: list[str] | None = None) -> Namespace:
+    """The command line; what it leaves out is filled in, but for --frames."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--fetch-i3d", action="store_true", help="get the I3D weights, then stop")
-    group = parser.add_argument_group("what to compare: shapes, a folder of videos or a checkpoint")
-    group.add_argument("--real", help="not needed for is and captions")
-    group.add_argument("--fake", help="shapes are drawn with --seed + 1 here")
-    group.add_argument(
-        "--metrics", nargs="+", choices=METRICS,
-        help="(fvd kvd is, and fid with --inception; captions without --real)",
-    )
-    group = parser.add_argument_group("protocol")
-    group.add_argument(
-        "--num", type=number(int, 1, 1_000_000),
-        help="clips of each side (2048), or of each kind of caption (200)",
-    )
-    group.add_argument(
-        "--frames", type=number(int, I3D_MIN_FRAMES, 512),
-        help=f"of a clip (as in the checkpoint's training, else {FRAMES})",
-    )
-    group.add_argument(
-        "--stride", type=number(int, 1, 1000), metavar="N",
+    add = parser.add_argument
+    add("--fetch-i3d", action="store_true", help="get the I3D weights, then stop")
+    add = parser.add_argument_group(
+        "what to compare: shapes, a folder of videos or a checkpoint").add_argument
+    add("--real", help="not needed for is and captions")
+    add("--fake", help="shapes are drawn with --seed + 1 here")
+    add("--metrics", nargs="+", choices=METRICS,
+        help="(fvd kvd is, and fid with --inception; captions without --real)")
+    add = parser.add_argument_group("protocol").add_argument
+    add("--num", type=number(int, 1, 1_000_000),
+        help="clips of each side (2048), or of each kind of caption (200)")
+    add("--frames", type=number(int, I3D_MIN_FRAMES, 512),
+        help=f"of a clip (as in the checkpoint's training, else {FRAMES})")
+    add("--stride", type=number(int, 1, 1000), metavar="N",
         help="a clip of a folder is every N-th frame, from a random place; 1 is what papers on "
-        "UCF-101 do (without it the frames lie evenly over the whole video)",
-    )
-    group.add_argument(
-        "--split", metavar="LIST",
-        help="only the real videos of an official list of UCF-101, train01 to test03",
-    )
-    group.add_argument("--seed", type=number(int, 0, 2**31), default=0, help="(%(default)s)")
-    group.add_argument("--i3d", metavar="FILE", help="other I3D weights than --fetch-i3d keeps")
-    group.add_argument("--inception", metavar="FILE", help=f"{V3_FILE}, for fid and is")
-    group = parser.add_argument_group("sampling, for a checkpoint")
-    group.add_argument("--steps", type=number(int, 1, 1000), default=STEPS, help="(%(default)s)")
-    group.add_argument("--sampler", choices=list(SAMPLERS), default=SAMPLER, help="(%(default)s)")
-    group.add_argument(
-        "--guidance", type=number(float, 0, 100), default=GUIDANCE, help="(%(default)s)"
-    )
-    group = parser.add_argument_group("how to run")
-    group.add_argument("--json", type=Path, metavar="FILE", help="write the result there as well")
-    group.add_argument(
-        "--cache", action="store_true", help="keep the real side's features for the next time"
-    )
-    group.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
+        "UCF-101 do (without it the frames lie evenly over the whole video)")
+    add("--split", metavar="LIST",
+        help="only the real videos of an official list of UCF-101, train01 to test03")
+    add("--seed", type=number(int, 0, 2**31), default=0, help="(%(default)s)")
+    add("--i3d", metavar="FILE", help="other I3D weights than --fetch-i3d keeps")
+    add("--inception", metavar="FILE", help=f"{V3_FILE}, for fid and is")
+    add = parser.add_argument_group("sampling, for a checkpoint").add_argument
+    add("--steps", type=number(int, 1, 1000), default=STEPS, help="(%(default)s)")
+    add("--sampler", choices=list(SAMPLERS), default=SAMPLER, help="(%(default)s)")
+    add("--guidance", type=number(float, 0, 100), default=GUIDANCE, help="(%(default)s)")
+    add = parser.add_argument_group("how to run").add_argument
+    add("--json", type=Path, metavar="FILE", help="write the result there as well")
+    add("--cache", action="store_true", help="keep the real side's features for the next time")
+    add("--device", default="auto", choices=DEVICES)
     args = parser.parse_args(argv)
     if not args.fetch_i3d:
         check_combination(args, parser.error)
@@ -960,11 +945,9 @@ def check_combination(args: Namespace, error: Callable[[str], None]) -> None:
         error("--num 1: a distance between sets needs two clips or more")
     if args.json:
         check_writable(args.json)
-        if args.json.exists() and not args.json.is_file():
-            error(f"--json {args.json} is not a file: choose another name")
-    inputs = {os.path.realpath(p) for p in (args.real, args.fake, args.i3d, args.inception) if p}
-    if args.json and os.path.realpath(args.json) in inputs:
-        error(f"--json {args.json} would overwrite an input: choose another name")
+        inputs = filter(None, (args.real, args.fake, args.i3d, args.inception))
+        if os.path.realpath(args.json) in map(os.path.realpath, inputs):
+            error(f"--json {args.json} would overwrite an input: choose another name")
 
 
 def measure(args: Namespace) -> dict:
@@ -984,6 +967,7 @@ def measure(args: Namespace) -> dict:
 
 
 def main() -> None:
+    """The command: prints one JSON object."""
     args = parse_args()
     if args.fetch_i3d:
         print(fetch_i3d())

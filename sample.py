@@ -461,8 +461,10 @@ def check_writable(path):
     """Fails now rather than after the work, and leaves nothing behind. Raises UserError."""
     try:
         folder = next(p for p in path.absolute().parents if p.exists())
-        if not (folder.is_dir() and os.access(folder, os.W_OK)) or path.is_dir():
-            raise UserError(f"cannot write {path}: choose another name")
+        writable = folder.is_dir() and os.access(folder, os.W_OK)
+        if not writable or path.exists() and not path.is_file():
+            raise UserError(f"cannot write {path}: it is not a file, or not in a folder that can "
+                            "be written: choose another name")
     except (OSError, ValueError) as error:
         raise UserError(f"cannot write {path}: {reason(error)}") from error
 
