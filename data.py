@@ -8,7 +8,6 @@ arrays of shape (f, h, w, 3); `to_model` and `to_uint8` convert to and from floa
 [-1, 1], which is what every network sees. No other range exists in the project.
 """
 
-import codecs
 import contextlib
 import copy
 import csv
@@ -83,13 +82,12 @@ def write_video(path: Path, video: np.ndarray, fps: float = FPS, upscale: int = 
     The file appears whole or not at all. upscale: integer factor, nearest neighbour. Raises
     ValueError for an unknown suffix and OSError where the path cannot be written.
     """
-    path = Path(path)
-    suffix = path.suffix.lower()
+    writers = {".gif": _write_gif, ".mp4": _write_mp4, ".png": _write_sheet}
+    suffix = _suffix(path)
     if suffix not in FORMATS:
-        raise ValueError(f"cannot write {path.name}: the formats are {', '.join(FORMATS)}")
-    writer = {".gif": _write_gif, ".mp4": _write_mp4, ".png": _write_sheet}[suffix]
+        raise ValueError(f"cannot write {path}: the formats are {', '.join(FORMATS)}")
     with atomic_path(path) as temporary:
-        writer(temporary, np.asarray(video), fps, upscale)
+        writers[suffix](temporary, np.asarray(video), fps, upscale)
 
 
 def _enlarged(video, upscale):
@@ -137,6 +135,11 @@ def _write_mp4(path, video, fps, upscale):
         raise OSError(error.errno, why) from error
 
 
+def _write_sheet(path, video, fps, upscale):
+    sheet = contact_sheet(np.stack([*_enlarged(video, upscale)]), columns=min(4, len(video)))
+    Image.fromarray(sheet).save(path, "PNG")
+
+
 def write_picture(path: Path, picture: np.ndarray):
     """Write uint8 (h, w, 3) as an image file, whole or not at all. Raises OSError."""
     with atomic_path(path) as temporary:
@@ -150,15 +153,12 @@ def contact_sheet(video: np.ndarray, columns: int = 4, border: int = 2) -> np.nd
     return rearrange(video, "(r q) h w c -> (r h) (q w) c", q=columns)
 
 
-def chart(
-    curves: dict, x_label: str, y_label: str, width: int = 560, height: int = 340
-) -> np.ndarray:
+def chart(curves: dict, x_label: str, y_label: str) -> np.ndarray:
     """Lines through points (x, y), x above 0 on a logarithmic scale and y from 0 up, as a picture:
-    uint8 (height, width, 3). curves: {name: points}, at most three."""
-    picture = Image.new("RGB", (width, height), "white")
-    draw, font = ImageDraw.Draw(picture), ImageFont.load_default(size=14)
-    left, right, top, bottom = 60, width - 90, 36, height - 50
-    xs, ys = ([point[i] for points in curves.values() for point in points] for i in (0, 1))
+    uint8 (340, 560, 3). curves: {name: points}, at most three."""
+    picture, font = Image.new("RGB", (560, 340), "white"), ImageFont.load_default(size=14)
+    draw, left, right, top, bottom = ImageDraw.Draw(picture), 60, 470, 36, 290
+    xs, ys = zip(*itertools.chain(*curves.values()))
     first, high, names = min(xs), max(ys) or 1, []
     ratio = math.log(max(xs) / first) or 1
 
@@ -172,7 +172,7 @@ def chart(
     wanted = np.geomspace(first, max(xs), 5)
     for x in {min(xs, key=lambda x: abs(math.log(x / near))) for near in wanted}:
         draw.text((place(x, 0)[0], bottom + 8), str(x), "black", font, anchor="mt")
-    draw.text(((left + right) / 2, height - 8), x_label, "black", font, anchor="mb")
+    draw.text(((left + right) / 2, bottom + 42), x_label, "black", font, anchor="mb")
     draw.text((left, 8), y_label, "black", font, anchor="lt")
     colours = (230, 75, 60), (70, 140, 240), (60, 180, 90)
     for (name, points), colour in zip(curves.items(), colours):
@@ -186,11 +186,6 @@ def chart(
         lowest = max(lowest + 16, y)  # none on top of another
         draw.text((right + 10, lowest), name, colour, font, anchor="lm")
     return np.asarray(picture)
-
-
-def _write_sheet(path, video, fps, upscale):
-    sheet = contact_sheet(np.stack([*_enlarged(video, upscale)]), columns=min(4, len(video)))
-    Image.fromarray(sheet).save(path, "PNG")
 
 
 # ------------------------------------------------------------------------------ reading videos
@@ -414,9 +409,7 @@ class _Video:
                 # An empty packet is a repeated frame of an AVI, or the end; those before the start
                 # of an edited MP4 are not to be shown.
                 if packet.size and not packet.is_discard and packet.stream.index in packets:
-                    told = packet.pts is not None
-                    time = packet.pts if told else packet.dts
-                    row = time, packet.size, packet.is_keyframe, told
+                    row = packet.pts, packet.size, packet.is_keyframe
                     packets[packet.stream.index].append(row)
             most = max(map(len, packets.values()), default=0)
             if not most:
@@ -428,7 +421,7 @@ class _Video:
 
             self.number = max(packets, key=rank)
             stream = container.streams[self.number]
-            times, sizes, keys, told = np.array(packets[self.number], float).T
+            times, sizes, keys = np.array(packets[self.number], float).T  # NaN: it is not told
             self.unit = float(stream.time_base)
             self.interval = 1 / float(stream.average_rate or FOLDER_FPS) / self.unit
             aspect = float(stream.sample_aspect_ratio or 1)
@@ -436,7 +429,7 @@ class _Video:
         order = np.argsort(times, kind="stable")
         self.times, self.counted = times[order], False
         self.sizes, self.keys = sizes[order], np.flatnonzero(keys[order])
-        if not told.all() or not (np.diff(self.times) > 0).all():
+        if not (np.diff(self.times, prepend=-np.inf) > 0).all():
             self.count()
 
     def open(self):
@@ -665,7 +658,7 @@ def _read_text(path):
     if not os.path.isfile(path) or os.path.getsize(path) > MAX_TEXT:
         raise ValueError(f"it is not a file of at most {MAX_TEXT} bytes")
     content = Path(path).read_bytes()
-    marked = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    marked = content[:2] in (b"\xff\xfe", b"\xfe\xff")
     return content.decode("utf-16" if marked else "utf-8-sig")
 
 
@@ -914,8 +907,6 @@ class VideoFolder:
     def caption(self, index: int, epoch: int = 0) -> str:
         """One of them, drawn by (seed, i, epoch); that of epoch 0 is the one of `dataset[i]`."""
         captions = self.captions(index)
-        if len(captions) == 1:
-            return captions[0]
         return captions[np.random.default_rng((self.seed, index, epoch)).integers(len(captions))]
 
     def random_frames(self, index: int, rng: np.random.Generator, count: int) -> np.ndarray:
@@ -992,20 +983,17 @@ class VideoFolder:
 def _fingerprint(path):
     """Tells the contents of a file or folder of frames from others: sizes and three samples, since
     reading all would take minutes. None where it cannot be read."""
-    try:
+    with contextlib.suppress(OSError):
         if os.path.isdir(path):
             names = [name for name in sorted(os.listdir(path)) if _suffix(name) in IMAGES]
             return [(name, _fingerprint(path / name)) for name in names]
-        if not os.path.isfile(path):
-            return None
-        size, content = os.path.getsize(path), b""
-        with open(path, "rb") as file:
-            for position in (0, size // 2, max(size - 4096, 0)):
-                file.seek(position)
-                content += file.read(4096)
-        return size, hashlib.sha256(content).hexdigest()
-    except OSError:
-        return None
+        if os.path.isfile(path):
+            size, content = os.path.getsize(path), hashlib.sha256()
+            with open(path, "rb") as file:
+                for position in (0, size // 2, max(size - 4096, 0)):
+                    file.seek(position)
+                    content.update(file.read(4096))
+            return size, content.hexdigest()
 
 
 def prefetch(function: Callable, items: Iterable, workers: int | None = None) -> Iterator:
