@@ -333,6 +333,7 @@ def _read_file(path, pick, size, place):
     method = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
 
     def convert(frame):
+        """A decoded frame as it is to be seen: uint8 (h, w, 3), scaled and cut."""
         # The display matrix, [[a, b, _], [c, d, _], ...], turns (x, y) into (ax + cy, bx + dy).
         matrix = frame.side_data.get("DISPLAYMATRIX")
         a, b, _, c, d = np.frombuffer(matrix, np.int32)[:5] if matrix else (1, 0, 0, 0, 1)
@@ -433,6 +434,7 @@ class _Video:
             self.count()
 
     def open(self):
+        """A container of PyAV. Raises VideoError where it is none, FFmpegError and OSError."""
         import av
 
         try:
@@ -1007,6 +1009,7 @@ def prefetch(function: Callable, items: Iterable, workers: int | None = None) ->
     waiting, ahead = SimpleQueue(), deque()
 
     def work():
+        """What each thread does: one item after the other, until there is None."""
         for future, item in iter(waiting.get, None):
             if future.set_running_or_notify_cancel():
                 try:

@@ -194,6 +194,7 @@ def guided(denoise_pair: Callable, scale: float, rescale: float = 0.0) -> Model:
     """
 
     def model(x_t, t):
+        """The guided output."""
         conditional, unconditional = denoise_pair(x_t, t)
         if scale == 1:
             return conditional
@@ -325,6 +326,7 @@ def replaced(model: Model, schedule: NoiseSchedule, given: Tensor, given_mask: T
     chosen = given_mask[:, None, :, None, None]
 
     def wrapped(x_t, t):
+        """The output, given the clean frames."""
         x_start, _ = schedule.predict(model(x_t, t), x_t, t)
         return schedule.output(torch.where(chosen, given.to(x_start), x_start), x_t, t)
     return wrapped
@@ -341,6 +343,7 @@ def reconstruction_guided(model: Model, schedule: NoiseSchedule, given: Tensor,
     chosen = given_mask[:, None, :, None, None]
 
     def guided_by_error(x_t, t):
+        """The output, moved against the gradient of the error."""
         with torch.enable_grad():
             x_t = x_t.detach().requires_grad_()
             x_start, _ = schedule.predict(model(x_t, t), x_t, t)

@@ -29,7 +29,6 @@ and width. Videos are uint8 arrays (f, h, w, 3), the networks' inputs float in [
 from tools import DEVICES, Parser, UserError, atomic_path, load_tensors, number, pick_device
 from tools import run_command, save_atomically
 
-import argparse
 import hashlib
 import itertools
 import json
@@ -890,7 +889,7 @@ METRICS = ("fvd", "kvd", "is", "fid", "captions")
 
 def parse_args(argv: list[str] | None = None) -> Namespace:
     """The command line; what it leaves out is filled in, but for --frames."""
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     add = parser.add_argument
     add("--fetch-i3d", action="store_true", help="get the I3D weights, then stop")
     add = parser.add_argument_group(

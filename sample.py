@@ -23,7 +23,6 @@ The path of each file written goes to stdout, everything else to stderr.
 from tools import DEVICES, Parser, UserError, autocast, fits, load_checkpoint, number, pack
 from tools import pick_device, printable, read_config, reason, run_command, unpack
 
-import argparse
 import contextlib
 import difflib
 import itertools
@@ -378,7 +377,8 @@ def warnings_about(pipeline, args, stories, pictures):
 
 
 def parse_args(argv=None):
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """The command line."""
+    parser = Parser(description=__doc__)
     add = parser.add_argument
     add("prompt", nargs="*", help="what should happen, in words; several are a story for --extend")
     add("--prompts", metavar="FILE", help="draw each line of a text file; or `captions`: those "
@@ -594,6 +594,7 @@ def draw_all(args, pipeline, stories, pictures, paths):
 
 
 def main():
+    """The command: prints the path of each file."""
     args = parse_args()
     check_options(args)
     pipeline = load_pipeline(args.checkpoint, pick_device(args.device))

@@ -276,9 +276,11 @@ class MovingShapes:
         return Sample(caption, render(scene, self.frames, fps, self.size), fps, scene)
 
     def caption(self, index):
+        """The caption of a sample."""
         return self.describe(index)[0]
 
     def captions(self, index):
+        """All captions of a sample, as in `VideoFolder`: one."""
         return [self.caption(index)]
 
     def random_frames(self, index, rng, count):

@@ -145,7 +145,11 @@ def run_command(command: Callable):
 
 
 class Parser(argparse.ArgumentParser):
-    """Says in one line what is wrong, without argparse's summary of every option."""
+    """Says in one line what is wrong, without argparse's summary of every option; and shows a
+    description as it is written."""
+
+    def __init__(self, **options):
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **options)
 
     def error(self, message):
         self.exit(2, f"error: {printable(message)} (--help lists the options)\n")

@@ -1112,7 +1112,7 @@ def next_command(stage: str, args: argparse.Namespace) -> str:
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     option = parser.add_argument
     option("stage", choices=["vae", "diffusion"], help="which half to train")
     option("--data", default="shapes", metavar="shapes|FOLDER",

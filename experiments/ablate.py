@@ -20,7 +20,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from tools import Parser, autocast, number, pick_device, print_row, run_command
 
-import argparse
 import copy
 import itertools
 import time
@@ -227,7 +226,8 @@ def ablate(checkpoint: str, arms: list[str], minutes: float, seeds: int, clips: 
 
 
 def parse_args(argv=None):
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """The command line."""
+    parser = Parser(description=__doc__)
     parser.add_argument(
         "--arm", dest="arms", nargs="+", choices=ARMS, default=list(ARMS), metavar="ARM",
         help=f"some of: {', '.join(ARMS)} (all)",

@@ -11,15 +11,15 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from tools import Parser, number, pick_device, print_row, run_command
+from tools import pick_device, print_row, run_command
 
-import argparse
 import itertools
 
 import numpy as np
 
 from data import FPS
-from sample import CHECKPOINT, load_pipeline
+from experiments.order import drawing_parser
+from sample import load_pipeline
 from shapes import COLOURS, MOTIONS, POLYGONS, REACH, Thing, caption_accuracy, describe
 
 
@@ -40,13 +40,8 @@ def motions(checkpoint: str | Path, num: int) -> None:
 
 
 def parse_args(argv=None):
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", default=CHECKPOINT, help="(the shipped model)")
-    parser.add_argument(
-        "--num", type=number(int, 1, 10_000), default=24,
-        help="clips of each shape and motion (%(default)s)",
-    )
-    return parser.parse_args(argv)
+    """The command line."""
+    return drawing_parser(__doc__, 24, "clips of each shape and motion").parse_args(argv)
 
 
 if __name__ == "__main__":

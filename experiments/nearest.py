@@ -15,9 +15,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from tools import Parser, number, pick_device, print_row, run_command
+from tools import pick_device, print_row, run_command
 
-import argparse
 import itertools
 from dataclasses import replace
 
@@ -25,8 +24,9 @@ import numpy as np
 
 import metrics
 from data import FRAMES, VideoFolder, contact_sheet, read_ahead, write_picture
+from experiments.order import drawing_parser
 from experiments.reference import spoil
-from sample import CHECKPOINT, load_pipeline
+from sample import load_pipeline
 
 
 def root_mean_square(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -72,15 +72,10 @@ def nearest(checkpoint: str | Path, data: str, num: int, picture: str) -> None:
 
 
 def parse_args(argv=None):
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", default=CHECKPOINT, help="(the shipped model)")
+    """The command line."""
+    parser = drawing_parser(__doc__, 36, "clips to draw")
     parser.add_argument("--data", required=True, metavar="FOLDER")
-    parser.add_argument(
-        "--num", type=number(int, 1, 10_000), default=36, help="clips to draw (%(default)s)"
-    )
-    parser.add_argument(
-        "--picture", default="samples/nearest.png", help="where to draw it (%(default)s)"
-    )
+    parser.add_argument("--picture", default="samples/nearest.png", help="(%(default)s)")
     return parser.parse_args(argv)
 
 

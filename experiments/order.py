@@ -13,7 +13,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from tools import Parser, number, pick_device, print_row, run_command
 
-import argparse
 import itertools
 from dataclasses import replace
 
@@ -42,13 +41,18 @@ def order(checkpoint: str | Path, num: int) -> None:
     print_row(pairs=num, first=int(first.sum()), second=int(second.sum()), both=both)
 
 
-def parse_args(argv=None):
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def drawing_parser(description: str, num: int, what: str) -> Parser:
+    """For a command that draws with a checkpoint; `what` says of what it draws `num`."""
+    parser = Parser(description=description)
     parser.add_argument("--checkpoint", default=CHECKPOINT, help="(the shipped model)")
-    parser.add_argument(
-        "--num", type=number(int, 1, 10_000), default=50, help="pairs (%(default)s)"
-    )
-    return parser.parse_args(argv)
+    parser.add_argument("--num", type=number(int, 1, 10_000), default=num,
+                        help=f"{what} (%(default)s)")
+    return parser
+
+
+def parse_args(argv=None):
+    """The command line."""
+    return drawing_parser(__doc__, 50, "pairs").parse_args(argv)
 
 
 if __name__ == "__main__":

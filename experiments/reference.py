@@ -13,7 +13,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from tools import Parser, autocast, number, pick_device, print_row, run_command
 
-import argparse
 import copy
 from dataclasses import replace
 
@@ -77,7 +76,8 @@ def reference(checkpoint: str | Path, data: str, num: int, stride: int | None) -
 
 
 def parse_args(argv=None):
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """The command line."""
+    parser = Parser(description=__doc__)
     parser.add_argument("--checkpoint", default=CHECKPOINT, help="(the shipped model)")
     parser.add_argument(
         "--data", default="shapes", metavar="shapes|FOLDER", help="(%(default)s)"

@@ -15,7 +15,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from tools import Parser, load_checkpoint, number, pick_device, print_row, run_command
 from tools import save_atomically
 
-import argparse
 import contextlib
 import csv
 import itertools
@@ -105,7 +104,8 @@ def slices(checkpoint: str | Path, steps: int) -> None:
 
 
 def parse_args(argv=None):
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """The command line."""
+    parser = Parser(description=__doc__)
     parser.add_argument("--checkpoint", default=CHECKPOINT, help="(the shipped model)")
     parser.add_argument(
         "--steps", type=number(int, 3, 10**6), default=1500, help="of training (%(default)s)"

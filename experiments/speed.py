@@ -12,7 +12,6 @@
 One JSON line for each row. How good it is: the other files in experiments/.
 """
 
-import argparse
 import sys
 import time
 from collections import defaultdict
@@ -392,7 +391,8 @@ SPEEDS = {f.__name__: f for f in (step, sample, kernels, peers, shapes, data, i3
 
 
 def parse_args(argv=None):
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """The command line."""
+    parser = Parser(description=__doc__)
     commands = parser.add_subparsers(dest="what", required=True)
     options = {name: commands.add_parser(name, description=f.__doc__) for name, f in SPEEDS.items()}
     for name in ("step", "sample", "kernels", "peers", "i3d"):
@@ -410,6 +410,7 @@ def parse_args(argv=None):
 
 
 def main():
+    """The command: prints the rows of one benchmark."""
     args = parse_args()
     SPEEDS[args.what](args)
 

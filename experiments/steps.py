@@ -10,15 +10,15 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from tools import Parser, number, pick_device, print_row, run_command
+from tools import pick_device, print_row, run_command
 
-import argparse
 import time
 
 from data import FPS, chart, write_picture
 from diffusion import SAMPLERS
+from experiments.order import drawing_parser
 from metrics import caption_sets
-from sample import CHECKPOINT, load_pipeline
+from sample import load_pipeline
 from shapes import caption_accuracy
 
 
@@ -39,14 +39,9 @@ def steps(checkpoint: str | Path, num: int, picture: str) -> None:
 
 
 def parse_args(argv=None):
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", default=CHECKPOINT, help="(the shipped model)")
-    parser.add_argument(
-        "--num", type=number(int, 1, 10_000), default=100, help="clips at each point (%(default)s)"
-    )
-    parser.add_argument(
-        "--picture", default="samples/steps.png", help="where to draw it (%(default)s)"
-    )
+    """The command line."""
+    parser = drawing_parser(__doc__, 100, "clips at each point")
+    parser.add_argument("--picture", default="samples/steps.png", help="(%(default)s)")
     return parser.parse_args(argv)
 
 

@@ -10,16 +10,16 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from tools import Parser, number, pick_device, print_row, run_command
+from tools import pick_device, print_row, run_command
 
-import argparse
 import itertools
 import time
 
 import numpy as np
 
 from data import FPS, FRAMES
-from sample import CHECKPOINT, CONDITIONINGS, Pipeline, load_pipeline
+from experiments.order import drawing_parser
+from sample import CONDITIONINGS, Pipeline, load_pipeline
 from shapes import BACKGROUND, COLOURS, DIRECTIONS, FPS_RANGE, POLYGONS, SPEED, MovingShapes
 from shapes import actions_shown, caption_accuracy
 
@@ -134,12 +134,8 @@ def speeds(pipeline: Pipeline, num: int) -> None:
 
 
 def parse_args(argv=None):
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", default=CHECKPOINT, help="(the shipped model)")
-    parser.add_argument(
-        "--num", type=number(int, 1, 10_000), default=100, help="clips of each kind (%(default)s)"
-    )
-    return parser.parse_args(argv)
+    """The command line."""
+    return drawing_parser(__doc__, 100, "clips of each kind").parse_args(argv)
 
 
 if __name__ == "__main__":

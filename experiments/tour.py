@@ -16,7 +16,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from tools import Parser, UserError, atomic_path, number, pick_device, run_command
 
-import argparse
 import base64
 import html
 import inspect
@@ -509,7 +508,8 @@ def tour(checkpoint: str, sentence: str, seed: int, out: Path) -> None:
 
 
 def parse_args(argv=None):
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """The command line."""
+    parser = Parser(description=__doc__)
     parser.add_argument("sentence", help="what should happen, in words")
     parser.add_argument("--checkpoint", default=CHECKPOINT, help="a model.pt (the shipped one)")
     parser.add_argument("--seed", type=number(int, 0, 2**62), default=0, help="(%(default)s)")
