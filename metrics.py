@@ -26,8 +26,8 @@ Letters used here: `n` clips, `b` batch, `c` channels, `d` feature width, `f` fr
 and width. Videos are uint8 arrays (f, h, w, 3), the networks' inputs float in [-1, 1].
 """
 
-from tools import DEVICES, Parser, UserError, atomic_path, load_tensors, number, pick_device
-from tools import run_command, save_atomically
+from tools import DEVICES, Parser, UserError, atomic_path, digest, load_tensors, number
+from tools import pick_device, run_command, save_atomically
 
 import hashlib
 import itertools
@@ -52,7 +52,7 @@ from tqdm import tqdm
 
 from data import FPS, FRAMES, VIDEOS, Sample, VideoFolder, read_ahead, to_model
 from diffusion import SAMPLERS
-from sample import GUIDANCE, SAMPLER, STEPS, check_writable, load_pipeline
+from sample import GUIDANCE, SAMPLER, STEPS, Pipeline, check_writable, load_pipeline
 from shapes import PARAPHRASES, SIZE, MovingShapes, asked, caption_accuracy, render
 
 BATCH_NORM_EPS = 1e-3  # TensorFlow's, in both networks; PyTorch's own default is 1e-5
@@ -604,70 +604,53 @@ def check_words(pipeline, captions: Iterable[str]) -> None:
                         "built-in shapes: compare it with --real FOLDER, videos like its own")
 
 
-@dataclass
-class Source:
-    """Where the clips of one side come from.
+def open_side(
+    name: str, seed: int, args: Namespace, device: torch.device
+) -> MovingShapes | VideoFolder | Pipeline:
+    """What the clips of one side come from: the built-in ones that `seed` gives, the videos of a
+    folder, shuffled, or a checkpoint. Raises UserError or DataError where there are too few."""
+    if name == "shapes":
+        return MovingShapes(args.num, seed=seed, fps=FPS)
+    if not Path(name).is_dir():
+        if Path(name).is_file() and Path(name).suffix.lower() in VIDEOS:
+            raise UserError(f"{name} is one video: give a folder of videos")
+        return load_pipeline(name, device)
+    split = args.split if name == (args.real or args.fake) else None
+    # The same seed on both sides: a folder compared with itself is at distance 0.
+    folder = VideoFolder(name, split, args.seed, stride=args.stride)
+    if len(folder) < args.num:
+        raise UserError(f"{len(folder)} videos in {name}, fewer than --num {args.num}")
+    order = np.random.default_rng(args.seed).permutation(len(folder))
+    folder.items = [folder.items[i] for i in order]
+    return folder
 
-    name: as on the command line; folder: its videos, shuffled; pipeline: that of a checkpoint;
-    neither for `MovingShapes`, whose clips are drawn with `seed`.
-    """
 
-    name: str
-    seed: int
-    folder: VideoFolder | None = None
-    pipeline: object = None
-
-    @classmethod
-    def open(cls, name: str, seed: int, args: Namespace, device: torch.device) -> "Source":
-        """Raises UserError or DataError where there is nothing to take `args.num` clips from."""
-        if name == "shapes":
-            return cls(name, seed)
-        if not Path(name).is_dir():
-            if Path(name).is_file() and Path(name).suffix.lower() in VIDEOS:
-                raise UserError(f"{name} is one video: give a folder of videos")
-            return cls(name, seed, pipeline=load_pipeline(name, device))
-        split = args.split if name == (args.real or args.fake) else None
-        # The same seed on both sides: a folder compared with itself is at distance 0.
-        folder = VideoFolder(name, split, args.seed, stride=args.stride)
-        if len(folder) < args.num:
-            raise UserError(f"{len(folder)} videos in {name}, fewer than --num {args.num}")
-        order = np.random.default_rng(args.seed).permutation(len(folder))
-        folder.items = [folder.items[i] for i in order]
-        return cls(name, seed, folder=folder)
-
-    def samples(self, args: Namespace, size: int | None, captions=None, fps=None):
-        """An iterator of up to `args.num` `Sample`s. captions and fps, one of each for a clip, are
-        for a checkpoint; without them it draws captions like those of its training."""
-        if self.folder:
-            clips = (clip for _, clip in read_ahead(self.folder, range(len(self.folder))))
-            yield from itertools.islice((clip for clip in clips if clip is not None), args.num)
+def take_clips(side, seed: int, args: Namespace, captions=None, fps=None):
+    """Yields up to `args.num` `Sample`s of what `open_side` gave. captions and fps, one of each for
+    a clip, are for a checkpoint; without them it draws captions like those of its training."""
+    try:
+        if not isinstance(side, Pipeline):
+            clips = (clip for _, clip in read_ahead(side, range(len(side))) if clip is not None)
+            yield from itertools.islice(clips, args.num)
             return
-        shapes = MovingShapes(args.num, "train", self.seed, args.frames, size, FPS)
-        try:
-            if not self.pipeline:
-                yield from shapes
-                return
-            if captions is None:
-                captions = [shapes.caption(i) for i in range(args.num)]
-                known = self.pipeline.data.get("captions")
-                if known and self.pipeline.tokenizer.unknown_words(" ".join(captions)):
-                    captions = list(itertools.islice(itertools.cycle(known), args.num))
-        except ValueError as error:
-            raise UserError("shapes leave the picture in so many frames: lower --frames") from error
-        if fps is None or args.real == "shapes":
-            check_words(self.pipeline, captions)
-        yield from generate_clips(self.pipeline, captions, args, fps, args.frames)
+        if captions is None:
+            shapes = MovingShapes(args.num, seed=seed, frames=args.frames, fps=FPS)
+            captions = [shapes.caption(i) for i in range(args.num)]
+            known = side.data.get("captions")
+            if known and side.tokenizer.unknown_words(" ".join(captions)):
+                captions = list(itertools.islice(itertools.cycle(known), args.num))
+    except ValueError as error:  # the walls are too near
+        raise UserError(f"{error}: lower --frames") from error
+    if fps is None or args.real == "shapes":
+        check_words(side, captions)
+    yield from generate_clips(side, captions, args, fps, args.frames)
 
-    def fingerprint(self, args: Namespace) -> str | list:
-        """What tells this source from others, and from itself after a change."""
-        if self.pipeline:
-            return [sha256(self.name), self.seed, args.steps, args.sampler, args.guidance]
-        if self.folder:
-            content = f"{self.folder.identity()} {self.folder.items}".encode()
-        else:
-            first = MovingShapes(1, "train", self.seed, fps=FPS)[0]
-            content = first.caption.encode() + first.video.tobytes()
-        return hashlib.sha256(content).hexdigest()
+
+def fingerprint(side, name: str, seed: int, args: Namespace) -> str | list:
+    """What tells a side from others, and from itself after a change."""
+    if isinstance(side, Pipeline):
+        return [sha256(name), seed, args.steps, args.sampler, args.guidance]
+    return digest(f"{side.identity()} {getattr(side, 'items', '')}")
 
 
 # ------------------------------------------------------------------------------ measuring
@@ -740,7 +723,7 @@ def extract(samples: Iterable[Sample], num: int, networks: dict, device: torch.d
 def remember(protocol: dict, compute: Callable[[], dict]) -> dict:
     """compute(), or what it returned the last time under exactly this protocol, from the cache."""
     text = json.dumps(protocol, sort_keys=True)
-    name = f"real-{hashlib.sha256(text.encode()).hexdigest()[:16]}.pt"
+    name = f"real-{digest(text)[:16]}.pt"
     try:
         side = torch.load(cache_folder() / name, weights_only=True)
         if side["protocol"] == text:
@@ -782,24 +765,24 @@ def small_sample_warnings(names: list[str], num: int, frames: int) -> list[str]:
     ]
 
 
-def agree_on_clips(args: Namespace, sources: list[Source]) -> int | None:
+def agree_on_clips(args: Namespace, sides: list) -> int | None:
     """The side in pixels that all clips are brought to: a model's, or that of `MovingShapes`; None
     where there are only folders. Without --frames, clips get as many as a model has learned.
     Raises UserError for models of different sizes, and for too few frames."""
-    models = [source.pipeline for source in sources if source.pipeline]
+    models = [side for side in sides if isinstance(side, Pipeline)]
     if len({model.size for model in models}) > 1:
         raise UserError(f"the models differ in size: {models[0].size} and {models[1].size} pixels")
-    size = SIZE if any(source.name == "shapes" for source in sources) else None
-    size = models[0].size if models else size
-    if isinstance(size, tuple) and any(source.name == "shapes" for source in sources):
+    shapes = any(isinstance(side, MovingShapes) for side in sides)
+    size = models[0].size if models else SIZE if shapes else None
+    if isinstance(size, tuple) and shapes:
         raise UserError(f"`shapes` has square frames, and those of the model are {size}")
     args.frames = args.frames or (models[0].frames if models else FRAMES)
     if args.frames < I3D_MIN_FRAMES:
         raise UserError(f"clips of {args.frames} frames are too short for I3D, which needs "
                         f"{I3D_MIN_FRAMES}: give --frames")
-    for source in sources:
-        if source.folder:
-            source.folder.size, source.folder.frames = size, args.frames
+    for side in sides:
+        if not isinstance(side, Pipeline):
+            side.size, side.frames = size, args.frames
     return size
 
 
@@ -807,30 +790,30 @@ def measure_features(args: Namespace, names: list[str]) -> tuple[dict, dict]:
     """FVD, KVD, FID and Inception Score of the two sides, and the protocol they hold under."""
     device = pick_device(args.device)
     networks, files = load_networks(args, names, device)
-    fake = Source.open(args.fake, args.seed + 1, args, device)
-    real = Source.open(args.real, args.seed, args, device) if args.real else None
-    sources = [source for source in (real, fake) if source]
-    folders = any(source.folder for source in sources)
+    fake = open_side(args.fake, args.seed + 1, args, device)
+    real = open_side(args.real, args.seed, args, device) if args.real else None
+    sides = [side for side in (real, fake) if side]
+    folders = [side for side in sides if isinstance(side, VideoFolder)]
     if args.stride and not folders:
         raise UserError("--stride is for folders of videos: none is given")
-    if args.split and not sources[0].folder:
-        raise UserError(f"--split is for a folder of videos: {sources[0].name} is none")
-    size = agree_on_clips(args, sources)
+    if args.split and sides[0] not in folders:
+        raise UserError(f"--split is for a folder of videos: {args.real or args.fake} is none")
+    size = agree_on_clips(args, sides)
     sampling = {name: getattr(args, name) for name in ("frames", "stride", "split", "seed")}
 
     def take_real():
-        clips = real.samples(args, size)
+        clips = take_clips(real, args.seed, args)
         side = extract(clips, args.num, networks, device, title="real clips")
         return side | {"frame_logits": None}  # large, and no metric wants those of the real side
 
     given, side = {}, None
     if real:
-        protocol = {"num": args.num, "size": size, "clips": real.fingerprint(args)}
-        protocol |= {"weights": files, **sampling}
+        clips = fingerprint(real, args.real, args.seed, args)
+        protocol = {"num": args.num, "size": size, "clips": clips, "weights": files, **sampling}
         side = remember(protocol, take_real) if args.cache else take_real()
         # The captions of the real clips are generated, each at its clip's frame rate.
         given = {"captions": side["captions"], "fps": side["fps"]}
-    clips = fake.samples(args, size, **given)
+    clips = take_clips(fake, args.seed + 1, args, **given)
     wanted = side and side["size"]
     other = extract(clips, args.num, networks, device, title="fake clips", size=wanted)
     protocol = {"real": args.real, "fake": args.fake, "num_real": args.num if real else 0}
@@ -864,9 +847,9 @@ def measure_captions(args: Namespace) -> tuple[dict, float | None]:
     model can draw."""
     if Path(args.fake).is_dir():
         raise UserError("--metrics captions is for shapes or a checkpoint: a folder has no scenes")
-    pipeline = Source.open(args.fake, args.seed, args, pick_device(args.device)).pipeline
-    sets, results = caption_sets(args.num), {}
-    if pipeline:
+    pipeline, sets, results = None, caption_sets(args.num), {}
+    if args.fake != "shapes":
+        pipeline = open_side(args.fake, args.seed, args, pick_device(args.device))
         told = list(PARAPHRASES.items())[: args.num]
         sets["paraphrases"] = [(prompt, FPS, asked(meaning)) for prompt, meaning in told]
     for name, samples in sets.items():

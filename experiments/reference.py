@@ -48,28 +48,26 @@ def reference(checkpoint: str | Path, data: str, num: int, stride: int | None) -
     options = ["--stride", str(stride)] if stride else []
     args = metrics.parse_args(["--real", data, "--fake", data, "--num", str(num), *options])
     networks, _ = metrics.load_networks(args, names, device)
-    real = metrics.Source.open(data, 0, args, device)
-    size = metrics.agree_on_clips(args, [real])
-    fake, ways = replace(real, seed=1), ["nothing", "shuffled", "noise"]
-    unspoilt = vae = None
-    if real.folder:
-        fake.folder = copy.copy(real.folder)
-        real.folder.items, fake.folder.items = real.folder.items[:num], real.folder.items[num:]
-    else:
+    real, ways = metrics.open_side(data, 0, args, device), ["nothing", "shuffled", "noise"]
+    metrics.agree_on_clips(args, [real])
+    fake, unspoilt, vae = copy.copy(real), None, None
+    if data == "shapes":
+        fake.seed = 1
         ways.insert(1, "reconstructed")
         vae = load_pipeline(checkpoint, device).vae
+    else:
+        real.items, fake.items = real.items[:num], real.items[num:]
     for warning in metrics.small_sample_warnings(names, num, FRAMES):
         print(f"warning: {warning}", file=sys.stderr)
-    whole = metrics.extract(real.samples(args, size), num, networks, device, title="real clips")
+    clips = metrics.take_clips(real, 0, args)
+    whole = metrics.extract(clips, num, networks, device, title="real clips")
     for how in ways:
         rng = np.random.default_rng(0)
         spoilt = (
             replace(sample, video=spoil(sample.video, how, rng, vae))
-            for sample in fake.samples(args, size)
+            for sample in metrics.take_clips(fake, 1, args)
         )
-        side = metrics.extract(
-            spoilt, num, networks, device, title=how, size=whole["size"]
-        )
+        side = metrics.extract(spoilt, num, networks, device, title=how, size=whole["size"])
         unspoilt = side if how == "nothing" else unspoilt
         same = metrics.compare(unspoilt, side, ["fvd"])["fvd"]
         print_row(spoilt=how, num=num, **metrics.compare(whole, side, names), fvd_of_same=same)

@@ -469,13 +469,14 @@ def test_a_folder_is_at_no_distance_from_itself(command, folder):
 def test_clips_are_taken_alike_on_both_sides(folder):
     def read(*options):
         args = metrics.parse_args(["--real", "x", "--fake", "x", "--num", "5", *options])
-        source = metrics.Source.open(folder, 0, args, None)
-        return list(source.samples(args, metrics.agree_on_clips(args, [source]))), source
+        videos = metrics.open_side(folder, 0, args, None)
+        metrics.agree_on_clips(args, [videos])
+        return list(metrics.take_clips(videos, 0, args)), videos
 
     options = ("--frames", "9", "--stride")
-    (clips, source), (again, _) = read(*options, "1"), read(*options, "1")
+    (clips, videos), (again, _) = read(*options, "1"), read(*options, "1")
     assert sorted(clip.caption for clip in clips) == ["class 0"] * 3 + ["class 1"] * 2
-    assert [name for name, _ in source.folder.items] != sorted(n for n, _ in source.folder.items)
+    assert videos.items != sorted(videos.items)
     assert all((a.video == b.video).all() for a, b in zip(clips, again))
     assert all(clip.video.shape == (9, 32, 32, 3) for clip in clips)
     assert clips[0].fps == pytest.approx(FPS, rel=0.05)
