@@ -307,14 +307,11 @@ class MovingShapes:
         fps = self.fps or rng.uniform(*FPS_RANGE)
         count = self.objects or 1 + int(rng.random() < self.two_objects)
         while True:
-            scene = self._scene(rng, count, fps)
+            colours = rng.permutation(list(COLOURS))  # distinct, so that words tell objects apart
+            scene = [self._thing(rng, str(colours[i]), count, fps) for i in range(count)]
             caption = describe(scene, rng)
             if caption not in UNSEEN and not collide(scene, self.frames, fps):
                 return caption, fps, scene
-
-    def _scene(self, rng, count, fps):
-        colours = rng.permutation(list(COLOURS))  # distinct, so that words tell objects apart
-        return [self._thing(rng, str(colours[i]), count, fps) for i in range(count)]
 
     def _thing(self, rng, colour, count, fps):
         while True:
@@ -493,27 +490,22 @@ def caption_accuracy(scenes, videos, fps):
     single one is the largest seen; a missing one makes its clip wrong in everything. Raises
     ValueError where scenes and videos differ in number.
     """
-    scenes = list(scenes)
+    scenes, names = list(scenes), ("colour", "shape", "motion", "order", "all")
     rights = []
     for scene, video, rate in zip(scenes, videos, np.broadcast_to(fps, len(scenes)), strict=True):
         readings = read_things(video, rate)
         by_colour = {reading.colour: reading for reading in readings}
-        right = np.ones(5, bool)
+        right = np.ones(len(names), bool)
         for thing in scene:
             single = len(scene) == 1 and readings
             reading = readings[0] if single else by_colour.get(thing.colour)
-            right &= reading is not None and _compare(thing, reading)
-        right[4] = right.all() and len(readings) == len(scene)
+            right &= reading is not None and np.array([
+                thing.colour == reading.colour, thing.shape == reading.shape,
+                set(thing.actions) == set(reading.actions), thing.actions == reading.actions, True])
+        right[-1] = right.all() and len(readings) == len(scene)
         rights.append(right)
-    means = np.mean(rights, axis=0) if rights else np.zeros(5)
-    names = ("colour", "shape", "motion", "order", "all")
+    means = np.mean(rights, axis=0) if rights else np.zeros(len(names))
     return {name: float(mean) for name, mean in zip(names, means)} | {"n": len(rights)}
-
-
-def _compare(thing, reading):
-    """Which of colour, shape, motion and order are right; the fifth, "all", is up to the caller."""
-    actions = set(thing.actions) == set(reading.actions), thing.actions == reading.actions
-    return np.array([thing.colour == reading.colour, thing.shape == reading.shape, *actions, True])
 
 
 # ------------------------------------------------------------------------------ paraphrases
