@@ -577,7 +577,7 @@ def _find(folder):
     _check_unused(folder, videos, unused, bool(tables))
     captions, missing = _merge(folder, tables)
     without = [video for video in videos if video not in captions]
-    if not captions and not videos and not tables:
+    if not videos and not tables:
         raise DataError(f"no videos in {folder}: it takes {', '.join(VIDEOS)} files, or folders of "
                         "frames")
     if not tables:
@@ -946,12 +946,12 @@ class VideoFolder:
                          "cannot be learned")
         return lines
 
-    def divide(self, every: int = 20) -> tuple["VideoFolder", "VideoFolder"]:
+    def divide(self) -> tuple["VideoFolder", "VideoFolder"]:
         """Two data sets: without every 20th video, and with nothing else. A single video is in
         both."""
         rest, part = copy.copy(self), copy.copy(self)
-        part.items = self.items[::every]
-        rest.items = [item for i, item in enumerate(self.items) if i % every] or self.items
+        part.items = self.items[::20]
+        rest.items = [item for i, item in enumerate(self.items) if i % 20] or self.items
         return rest, part
 
     def _pick(self, times, rng):
