@@ -136,7 +136,9 @@ def run_command(command: Callable):
         except (MemoryError, RuntimeError) as error:
             if not out_of_memory(error):
                 raise
-            message = "the memory is full: try a smaller batch, fewer frames, or --device cpu"
+            message = ("the memory is full: try a smaller batch, fewer frames or --device cpu; in "
+                       "training --grad-accum N (the same result, in N parts), --grad-checkpoint "
+                       "or --precision bf16")
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
             sys.exit(128 + (interrupts or [signal.SIGINT])[-1])
@@ -442,6 +444,10 @@ def fits(value: object, default: object, high: int) -> bool:
     return type(value) is type(default)
 
 
+# Of whole numbers in configs, so that a damaged file takes neither time nor memory.
+LIMITS = {"blocks": 64, "depth": 64, "steps": 10**9, "easy_start": 10**9, "gan_start": 10**9}
+
+
 def read_config(config_class: type, values: dict) -> object:
     """The config that a checkpoint's plain values mean; fields that it lacks have their defaults.
     Raises ValueError, which names the field, for anything that is no config of this class."""
@@ -449,8 +455,7 @@ def read_config(config_class: type, values: dict) -> object:
     for name, value in values.items():
         if name not in defaults:
             raise ValueError(f"{name!r} is none of {', '.join(defaults)}")
-        # Bounds, so that a damaged file takes neither time nor memory.
-        if not fits(value, defaults[name], 64 if name in ("blocks", "depth") else 2**20):
+        if not fits(value, defaults[name], LIMITS.get(name, 2**20)):
             raise ValueError(f"{name} cannot be {value!r:.40}")
     return config_class(**{k: tuple(v) if type(v) is list else v for k, v in values.items()})
 
