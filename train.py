@@ -22,7 +22,7 @@ Letters used here: `b` batch, `c` channels, `f` frames, `h w` height and width, 
 
 from tools import DEVICES, Parser, Unfilled, UserError, accumulate, atomic_path, autocast, digest
 from tools import first_process_first, fits, frame_size, join_processes, load_checkpoint, locked
-from tools import memory_gib, noted_signals, number, pack, parts, pick_device
+from tools import noted_signals, number, pack, parts, pick_device
 from tools import printable, process, processes, product_dtype, progress, read, read_log, restore
 from tools import run_command, save_atomically, say, set_fields, sum_over_processes, unpack
 
@@ -65,13 +65,12 @@ def train_vae(
 ) -> None:
     """Stage 1: train the autoencoder on single frames; writes vae.pt. state: see `find_state`."""
     torch.manual_seed(args.seed)  # of the initial weights
-    dataset = open_dataset(args, preset)
+    dataset, test, identity = open_dataset(args, preset)
     weights = args.init and load_checkpoint(args.init, "vae")["vae"]
     vae = unpack(AutoencoderKL, VAEConfig, weights) if weights else AutoencoderKL(preset.vae)
     vae = vae.to(device).train()
     preset = adopt(args, preset, vae)
-    run = Run(args, preset, state, {"data": digest(dataset.identity())})
-    dataset, test = hold_out(args, preset, dataset)
+    run = Run(args, preset, state, {"data": identity})
     test = held_out_frames(test, dataset)
     config, vae_loss = run.config, make_vae_loss(args, preset.vae_loss).to(device)
     models, optimizers = {"vae": vae}, make_optimizers(vae, config, args.precision)
@@ -130,20 +129,14 @@ def train_vae(
 def train_diffusion(
     args: argparse.Namespace, preset: "Preset", device: torch.device, state: dict | None = None
 ) -> None:
-    """Stage 2: train text encoder and UNet on the autoencoder's latents; writes model.pt. state:
-    see `find_state`."""
+    """Stage 2: train text encoder and UNet on the autoencoder's latents; writes model.pt."""
     torch.manual_seed(args.seed)  # of the initial weights
     vae, whole = load_models(args)
     preset = adopt(args, preset, vae, whole)
-    dataset = open_dataset(args, preset)
-    digests = {"data": digest(dataset.identity()), "autoencoder": digest("", vae)}
-    dataset, held_out = hold_out(args, preset, dataset)
+    dataset, held_out, identity = open_dataset(args, preset)
     (captions, wordings), (others, _) = list_captions(dataset), list_captions(held_out)
-    tokenizer = state["tokenizer"] if state else whole and whole.tokenizer
-    if tokenizer is None:
-        tokenizer, text = make_tokenizer(captions, preset.text)
-        preset = replace(preset, text=text)
-    run = Run(args, preset, state, digests)
+    tokenizer, preset = find_tokenizer(state, whole, captions, preset)
+    run = Run(args, preset, state, {"data": identity, "autoencoder": digest("", vae)})
     config = run.config
     captions, *words = encode_captions(tokenizer, captions, preset.text, device, others)
     prompts = [tokenizer.cut(prompt, preset.text.context_length)
@@ -170,8 +163,7 @@ def train_diffusion(
 
     for step, batch in zip(run.steps(), prefetch(draw, range(run.start, config.steps), workers=1)):
         set_learning_rate(optimizers, step, config)
-        for optimizer in optimizers.values():
-            optimizer.zero_grad()
+        model.zero_grad()
         values = {}
         for share, part in parts(batch, args.grad_accum, device):
             with autocast(device, args.precision):
@@ -421,10 +413,9 @@ def measure(run, step, model, schedule, words, batch, device):
     lines = [line for line in read_log(run.out / "log.jsonl") if line["stage"] == run.stage]
     curves = {title: [(line["step"], line[name]) for line in lines if name in line]
               for title, name in (("training", "loss"), ("held out", "held_out_loss"))}
-    if any(curves.values()):
-        picture = chart({title: points for title, points in curves.items() if points},
-                        "steps", "loss")
-        write_picture(run.out / "samples/loss.png", picture)
+    curves = {title: points for title, points in curves.items() if points}
+    if curves:
+        write_picture(run.out / "samples/loss.png", chart(curves, "steps", "loss"))
 
 
 def draw_held_out(run, vae, held_out, device, first, schedule):
@@ -443,13 +434,17 @@ def draw_held_out(run, vae, held_out, device, first, schedule):
     return draw_batch(run.args.seed, 10**9, config, clips + first, fps, latents, schedule)
 
 
-def make_tokenizer(captions: list[str], config) -> tuple[Tokenizer, TextEncoderConfig]:
-    """A tokenizer for these captions, and the config with a context as long as the longest of them,
-    if that is at most LONGEST tokens."""
-    tokenizer = Tokenizer.train(captions, config.vocab_size)
+def find_tokenizer(state, whole, captions, preset):
+    """The tokenizer of what training goes on from, or a new one for these captions; and the preset,
+    for a new one with a context as long as the longest caption, if that is at most LONGEST tokens.
+    """
+    known = state and state["tokenizer"] or whole and whole.tokenizer
+    if known:
+        return known, preset
+    tokenizer = Tokenizer.train(captions, preset.text.vocab_size)
     longest = max(len(tokenizer.encode(normalize(caption))) for caption in captions)
-    context_length = max(config.context_length, min(longest, LONGEST))
-    return tokenizer, replace(config, context_length=context_length)
+    context_length = max(preset.text.context_length, min(longest, LONGEST))
+    return tokenizer, replace(preset, text=replace(preset.text, context_length=context_length))
 
 
 def encode_captions(tokenizer, captions, config, device, others=()):
@@ -549,22 +544,17 @@ def adopt(args, preset, vae, whole=None):
 
 
 def open_dataset(args, preset):
-    """What --data names: `MovingShapes` or a `VideoFolder`. Raises UserError, DataError."""
+    """Two data sets, the one to train on and what is held out to measure with, each `MovingShapes`
+    or a `VideoFolder`; and a digest of all that their pictures depend on. Raises DataError."""
     settings = {"seed": args.seed, "frames": preset.frames, "size": preset.size}
     if args.data == "shapes":
-        return MovingShapes(getattr(preset, f"{args.stage}_training").videos, **settings)
-    clips = {name: getattr(args, name) for name in CLIP_OPTIONS}
-    dataset = VideoFolder(args.data, **clips, **settings)
+        dataset = MovingShapes(getattr(preset, f"{args.stage}_training").videos, **settings)
+        held_out = MovingShapes(HELD_OUT // 2, "heldout", **settings)
+        return dataset, held_out, digest(dataset.identity())
+    dataset = VideoFolder(args.data, **settings, **{x: getattr(args, x) for x in CLIP_OPTIONS})
     for line in dataset.summary():
         say(printable(f"{args.data}: {line}"))
-    return dataset
-
-
-def hold_out(args, preset, dataset):
-    """Two data sets: the one to train on, and what is held out to measure with."""
-    if args.data != "shapes":
-        return dataset.divide()
-    return dataset, MovingShapes(HELD_OUT // 2, "heldout", args.seed, preset.frames, preset.size)
+    return *dataset.divide(), digest(dataset.identity())
 
 
 def report_skipped(dataset, out):
@@ -590,47 +580,44 @@ def encode_dataset(vae, dataset, device, out, precision=None, name="latents"):
     channels, height, width = vae.config.latent_shape(*sides(dataset.size))
     shape = (channels, dataset.frames, height, width)
     key = digest(f"{dataset.identity()} {precision}", vae)
-    state = read_contents(contents, key, len(dataset))
-    size = 2 * math.prod(shape) * len(state["clips"])  # in bytes
-    if file.exists() and not file.is_file():  # a pipe would keep this waiting
-        raise UserError(f"{file} is not a file: choose another --out")
-    if not state["clips"] or not file.exists() or file.stat().st_size < size:
+    clips, fps = read_contents(contents, key, len(dataset))
+    size = 2 * math.prod(shape) * len(clips)  # in bytes
+    if not clips or not file.is_file() or file.stat().st_size < size:
         contents.unlink(missing_ok=True)  # first: it must never speak of another file
-        file.write_bytes(b"")
-        state, size = {"key": key, "clips": [], "fps": []}, 0
-    known = set(state["clips"])
+        file.unlink(missing_ok=True)
+        clips, fps, size = [], [], 0
+    known = set(clips)
     todo = [i for i in range(len(dataset)) if i not in known] if process() == 0 else []
-    with file.open("rb+") as latents:
-        latents.seek(size)
-        clips = read_ahead(dataset, todo)
-        for n, (i, sample) in enumerate(progress(clips, "encoding", len(known), len(dataset)), 1):
+    with file.open("ab") as latents:
+        latents.truncate(size)  # without what a killed run left half done
+        samples = progress(read_ahead(dataset, todo), "encoding", len(known), len(dataset))
+        for n, (i, sample) in enumerate(samples, 1):
             if sample is not None:
                 with autocast(device, precision):
                     z = vae.encode_video(to_model(sample.video[None]).to(device))
                 latents.write(z.half().cpu().numpy().tobytes())
-                state["clips"].append(i)
-                state["fps"].append(float(sample.fps))
+                clips.append(i)
+                fps.append(float(sample.fps))
             if n % 100 == 0 or n == len(todo):
                 latents.flush()
                 os.fsync(latents.fileno())  # what is called done must be on the disk
                 with atomic_path(contents) as path:
-                    path.write_text(json.dumps(state))
-    shape = (len(state["clips"]), *shape)
-    latents = np.memmap(file, np.float16, mode="c", shape=shape)  # "c": the file stays as it is
-    return torch.tensor(state["clips"]), torch.tensor(state["fps"]), torch.from_numpy(latents)
+                    path.write_text(json.dumps({"key": key, "clips": clips, "fps": fps}))
+    latents = np.memmap(file, np.float16, mode="c", shape=(len(clips), *shape))  # never written to
+    return torch.tensor(clips), torch.tensor(fps), torch.from_numpy(latents)
 
 
 def read_contents(path, key, length):
-    """What such a file says: numbers of the encoded clips below `length` and their frame rates. No
-    clips where it is damaged or has another key."""
+    """What such a file says: numbers of the encoded clips below `length` and their frame rates;
+    none where it is damaged or has another key."""
     with contextlib.suppress(OSError, ValueError, TypeError, KeyError, RecursionError):
         state = json.loads(path.read_bytes() if path.is_file() else b"")
         clips, fps = state["clips"], state["fps"]
         good = [type(i) is int and 0 <= i < length and type(rate) is float and 0 < rate < math.inf
                 for i, rate in zip(clips, fps, strict=True)]
         if state["key"] == key and all(good) and len(set(clips)) == len(clips):
-            return state
-    return {"clips": []}
+            return clips, fps
+    return [], []
 
 
 # ------------------------------------------------------------------------------ optimizer
@@ -812,7 +799,7 @@ class Run:
     def steps(self):
         """The remaining step numbers, behind a progress bar. A signal of `noted_signals` lets the
         step come to its end and be saved, and is raised then."""
-        self.clock = self.saved = time.monotonic()
+        self.saved = time.monotonic()
         with noted_signals() as self.signals:
             remaining = range(self.start, self.config.steps)
             for step in progress(remaining, self.stage, self.start, self.config.steps):
@@ -840,15 +827,11 @@ class Run:
         if done % self.config.log_every and done != self.config.steps:
             return
         means = averages(self.sums, done - self.logged)
-        seconds = max(time.monotonic() - self.clock, 1e-6) / (done - max(self.logged, self.start))
-        self.clock, self.logged, self.sums = time.monotonic(), done, {}
-        lr, speed = learning_rate(step, self.config), self.config.batch_size / seconds
-        minutes = (self.config.steps - done) * seconds / 60
+        self.logged, self.sums, lr = done, {}, learning_rate(step, self.config)
         text = "  ".join(f"{name} {value:7.4f}" for name, value in means.items()
                          if not name.startswith("loss_"))
-        say(f"step {done:6d}  {text}  lr {lr:.1e}  {speed:6.1f}/s  {memory_gib():4.1f} GiB  "
-            f"{minutes:5.1f} min left")
-        self.record_line(step, means | {"lr": lr, "per_second": speed})
+        say(f"step {done:6d}  {text}  lr {lr:.1e}")
+        self.record_line(step, means | {"lr": lr})
 
     def record_line(self, step, values):
         """Append one JSON object to log.jsonl."""
