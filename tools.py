@@ -67,6 +67,7 @@ class Stream:
         return getattr(self.stream, name)
 
     def write(self, text):
+        """Write and flush; as `print` expects, the number of characters."""
         try:
             self.stream.write(text)
             self.stream.flush()
@@ -81,6 +82,7 @@ interrupts = []  # signals that asked this program to end
 
 
 def interrupt(number, frame):
+    """A signal handler: Ctrl-C and its like as an exception."""
     interrupts.append(number)
     raise KeyboardInterrupt
 
@@ -216,18 +218,6 @@ def read_log(path: Path) -> list[dict]:
     if len(known) < len(lines):
         say(f"{path}: {len(lines) - len(known)} damaged lines dropped")
     return known
-
-
-def memory_gib():
-    """Peak memory so far: of the GPU where there is one, else of this process."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**30
-    try:
-        import resource
-    except ImportError:  # Windows
-        return 0.0
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (2**30 if sys.platform == "darwin" else 2**20)  # bytes on macOS, else kiB
 
 
 # ------------------------------------------------------------------------------ several GPUs

@@ -235,10 +235,10 @@ def held_out_frames(held_out, dataset):
 
 def make_vae_loss(args, config):
     """The preset's loss, and with --vgg the distance of VGG features. Raises UserError."""
-    if not args.vgg:
-        return VAELoss(config)
+    if args.vgg:
+        config = replace(config, vgg_weight=config.vgg_weight or VGG_WEIGHT)
     try:
-        return VAELoss(replace(config, vgg_weight=config.vgg_weight or VGG_WEIGHT), args.vgg)
+        return VAELoss(config, args.vgg)
     except Exception as error:  # as many kinds as there are wrong files
         raise UserError(f"--vgg {args.vgg} cannot be read as torchvision's vgg16-397923af.pth"
                         ) from error
@@ -402,8 +402,8 @@ def measure(run, step, model, schedule, words, batch, device):
     these and the losses in training."""
     losses = []
     for part in zip(*(x.split(run.config.batch_size) for x in batch)):
+        part = [x.to(device) for x in part]
         with autocast(device, run.args.precision):
-            part = [x.to(device) for x in part]
             losses.append(text_to_video_loss(model, schedule, *words, *part).cpu())
     if losses:
         values = by_noise(torch.cat(losses), batch[4], schedule.config.timesteps)
@@ -559,9 +559,9 @@ def open_dataset(args, preset):
 
 def report_skipped(dataset, out):
     """List the videos that cannot be used in skipped.txt, each once, with the reason."""
-    path, text = out / "skipped.txt", b""
-    for name, why in sorted(dataset.skipped.items()):
-        text += f"{name}: {why}\n".encode("utf-8", "backslashreplace")
+    path = out / "skipped.txt"
+    text = "".join(f"{name}: {why}\n" for name, why in sorted(dataset.skipped.items()))
+    text = text.encode("utf-8", "backslashreplace")
     if process() == 0 and text != (path.read_bytes() if path.is_file() else b""):
         with atomic_path(path) as temporary:
             temporary.write_bytes(text)
@@ -653,6 +653,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self):
+        """Move each matrix by its gradient, all matrices of one shape together."""
         for group in self.param_groups:
             stacks = defaultdict(list)  # matrices of one shape go together: large products are fast
             for p in group["params"]:
@@ -835,10 +836,9 @@ class Run:
 
     def record_line(self, step, values):
         """Append one JSON object to log.jsonl."""
-        if process() > 0:
-            return
-        with (self.out / "log.jsonl").open("a") as file:
-            file.write(json.dumps({"stage": self.stage, "step": step + 1, **values}) + "\n")
+        if process() == 0:
+            with (self.out / "log.jsonl").open("a") as file:
+                file.write(json.dumps({"stage": self.stage, "step": step + 1, **values}) + "\n")
 
     def due(self, step):
         """Is it time for sample pictures and a checkpoint after this step?"""
@@ -1068,6 +1068,7 @@ def next_command(stage: str, args: argparse.Namespace) -> str:
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line, `sys.argv` if none is given; ends the program where it is wrong."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     option = parser.add_argument
     option("stage", choices=["vae", "diffusion"], help="which half to train")
