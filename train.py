@@ -915,6 +915,7 @@ def read_state(path: Path) -> dict:
         wrong = [name for name, like in examples.items() if not fits(state[name], like, 10**9)]
         wrong += [name for name, total in state["sums"].items()
                   if type(name) is not str or not fits(total, 0.0, 0)]
+        repr(state["record"])  # fails here, not later, for numbers too long to print
         if wrong or state["logged"] > state["step"]:
             raise ValueError(", ".join(map(str, wrong)) or "logged")
         if state["tokenizer"] is not None:
