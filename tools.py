@@ -67,6 +67,7 @@ class Stream:
         return getattr(self.stream, name)
 
     def write(self, text):
+        """Write and flush; as `print` expects, the number of characters."""
         try:
             self.stream.write(text)
             self.stream.flush()
@@ -81,6 +82,7 @@ interrupts = []  # signals that asked this program to end
 
 
 def interrupt(number, frame):
+    """A signal handler: Ctrl-C and its like as an exception."""
     interrupts.append(number)
     raise KeyboardInterrupt
 
@@ -136,7 +138,9 @@ def run_command(command: Callable):
         except (MemoryError, RuntimeError) as error:
             if not out_of_memory(error):
                 raise
-            message = "the memory is full: try a smaller batch, fewer frames, or --device cpu"
+            message = ("the memory is full: try a smaller batch, fewer frames or --device cpu; in "
+                       "training --grad-accum N (the same result, in N parts), --grad-checkpoint "
+                       "or --precision bf16")
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
             sys.exit(128 + (interrupts or [signal.SIGINT])[-1])
@@ -218,18 +222,6 @@ def read_log(path: Path) -> list[dict]:
     if len(known) < len(lines):
         say(f"{path}: {len(lines) - len(known)} damaged lines dropped")
     return known
-
-
-def memory_gib():
-    """Peak memory so far: of the GPU where there is one, else of this process."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**30
-    try:
-        import resource
-    except ImportError:  # Windows
-        return 0.0
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (2**30 if sys.platform == "darwin" else 2**20)  # bytes on macOS, else kiB
 
 
 # ------------------------------------------------------------------------------ several GPUs
@@ -446,6 +438,10 @@ def fits(value: object, default: object, high: int) -> bool:
     return type(value) is type(default)
 
 
+# Of whole numbers in configs, so that a damaged file takes neither time nor memory.
+LIMITS = {"blocks": 64, "depth": 64, "steps": 10**9, "easy_start": 10**9, "gan_start": 10**9}
+
+
 def read_config(config_class: type, values: dict) -> object:
     """The config that a checkpoint's plain values mean; fields that it lacks have their defaults.
     Raises ValueError, which names the field, for anything that is no config of this class."""
@@ -453,8 +449,7 @@ def read_config(config_class: type, values: dict) -> object:
     for name, value in values.items():
         if name not in defaults:
             raise ValueError(f"{name!r} is none of {', '.join(defaults)}")
-        # Bounds, so that a damaged file takes neither time nor memory.
-        if not fits(value, defaults[name], 64 if name in ("blocks", "depth") else 2**20):
+        if not fits(value, defaults[name], LIMITS.get(name, 2**20)):
             raise ValueError(f"{name} cannot be {value!r:.40}")
     return config_class(**{k: tuple(v) if type(v) is list else v for k, v in values.items()})
 

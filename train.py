@@ -20,9 +20,9 @@ saving. Killed at any moment and resumed, on the same CPU, a run ends with the s
 Letters used here: `b` batch, `c` channels, `f` frames, `h w` height and width, `t` timestep.
 """
 
-from tools import DEVICES, Parser, UserError, accumulate, atomic_path, autocast, digest
-from tools import first_process_first, frame_size, join_processes, load_checkpoint, locked
-from tools import memory_gib, noted_signals, number, out_of_memory, pack, parts, pick_device
+from tools import DEVICES, Parser, Unfilled, UserError, accumulate, atomic_path, autocast, digest
+from tools import first_process_first, fits, frame_size, join_processes, load_checkpoint, locked
+from tools import noted_signals, number, pack, parts, pick_device
 from tools import printable, process, processes, product_dtype, progress, read, read_log, restore
 from tools import run_command, save_atomically, say, set_fields, sum_over_processes, unpack
 
@@ -37,7 +37,6 @@ import re
 import shlex
 import signal
 import time
-import warnings
 from collections import defaultdict
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -61,17 +60,19 @@ from vae import AutoencoderKL, ResBlock, VAEConfig, VAELoss, VAELossConfig
 # ------------------------------------------------------------------------------ stage 1: frames
 
 
-def train_vae(args: argparse.Namespace, preset: "Preset", device: torch.device) -> None:
-    """Stage 1: train the autoencoder on single frames; writes vae.pt."""
+def train_vae(
+    args: argparse.Namespace, preset: "Preset", device: torch.device, state: dict | None = None
+) -> None:
+    """Stage 1: train the autoencoder on single frames; writes vae.pt. state: see `find_state`."""
     torch.manual_seed(args.seed)  # of the initial weights
-    dataset = open_dataset(args, preset)
+    dataset, test, identity = open_dataset(args, preset)
     weights = args.init and load_checkpoint(args.init, "vae")["vae"]
     vae = unpack(AutoencoderKL, VAEConfig, weights) if weights else AutoencoderKL(preset.vae)
     vae = vae.to(device).train()
-    run = Run(args, adopt(args, preset, vae=vae.config), {"data": digest(dataset.identity())})
-    dataset, test = hold_out(args, preset, dataset)
+    preset = adopt(args, preset, vae)
+    run = Run(args, preset, state, {"data": identity})
     test = held_out_frames(test, dataset)
-    config, vae_loss = run.config, make_vae_loss(args, run.preset.vae_loss).to(device)
+    config, vae_loss = run.config, make_vae_loss(args, preset.vae_loss).to(device)
     models, optimizers = {"vae": vae}, make_optimizers(vae, config, args.precision)
     if vae_loss.discriminator is not None:
         models["discriminator"] = vae_loss.discriminator
@@ -125,17 +126,18 @@ def train_vae(args: argparse.Namespace, preset: "Preset", device: torch.device) 
 # ------------------------------------------------------------------------------ stage 2: videos
 
 
-def train_diffusion(args: argparse.Namespace, preset: "Preset", device: torch.device) -> None:
+def train_diffusion(
+    args: argparse.Namespace, preset: "Preset", device: torch.device, state: dict | None = None
+) -> None:
     """Stage 2: train text encoder and UNet on the autoencoder's latents; writes model.pt."""
     torch.manual_seed(args.seed)  # of the initial weights
-    vae, whole, configs = load_models(args)
-    preset = adopt(args, preset, **configs)
-    dataset = open_dataset(args, preset)
-    run = Run(args, preset, {"data": digest(dataset.identity()), "autoencoder": digest("", vae)})
-    dataset, held_out = hold_out(args, preset, dataset)
+    vae, whole = load_models(args)
+    preset = adopt(args, preset, vae, whole)
+    dataset, held_out, identity = open_dataset(args, preset)
     (captions, wordings), (others, _) = list_captions(dataset), list_captions(held_out)
-    tokenizer = run.tokenizer or (whole and whole.tokenizer) or run.make_tokenizer(captions)
-    preset, config = run.preset, run.config
+    tokenizer, preset = find_tokenizer(state, whole, captions, preset)
+    run = Run(args, preset, state, {"data": identity, "autoencoder": digest("", vae)})
+    config = run.config
     captions, *words = encode_captions(tokenizer, captions, preset.text, device, others)
     prompts = [tokenizer.cut(prompt, preset.text.context_length)
                for prompt in args.prompts or different(captions, 4)]
@@ -161,8 +163,7 @@ def train_diffusion(args: argparse.Namespace, preset: "Preset", device: torch.de
 
     for step, batch in zip(run.steps(), prefetch(draw, range(run.start, config.steps), workers=1)):
         set_learning_rate(optimizers, step, config)
-        for optimizer in optimizers.values():
-            optimizer.zero_grad()
+        model.zero_grad()
         values = {}
         for share, part in parts(batch, args.grad_accum, device):
             with autocast(device, args.precision):
@@ -234,10 +235,10 @@ def held_out_frames(held_out, dataset):
 
 def make_vae_loss(args, config):
     """The preset's loss, and with --vgg the distance of VGG features. Raises UserError."""
-    if not args.vgg:
-        return VAELoss(config)
+    if args.vgg:
+        config = replace(config, vgg_weight=config.vgg_weight or VGG_WEIGHT)
     try:
-        return VAELoss(replace(config, vgg_weight=config.vgg_weight or VGG_WEIGHT), args.vgg)
+        return VAELoss(config, args.vgg)
     except Exception as error:  # as many kinds as there are wrong files
         raise UserError(f"--vgg {args.vgg} cannot be read as torchvision's vgg16-397923af.pth"
                         ) from error
@@ -255,7 +256,7 @@ def show_frames(run, step, vae, test, device):
     with autocast(device, run.args.precision):
         x_hat = torch.cat([vae.decode(vae.encode(x.to(device)).mean).cpu() for x in test.split(64)])
     measured = psnr(test, x_hat).item()
-    run.record_line(step, held_out_psnr=measured)
+    run.record_line(step, {"held_out_psnr": measured})
     say(f"held-out frames: {measured:.2f} dB PSNR")
     pairs = torch.cat([test[:8], x_hat[:8]]).transpose(0, 1)[None]
     sheet = contact_sheet(to_uint8(pairs)[0], columns=8)
@@ -401,21 +402,20 @@ def measure(run, step, model, schedule, words, batch, device):
     these and the losses in training."""
     losses = []
     for part in zip(*(x.split(run.config.batch_size) for x in batch)):
+        part = [x.to(device) for x in part]
         with autocast(device, run.args.precision):
-            part = [x.to(device) for x in part]
             losses.append(text_to_video_loss(model, schedule, *words, *part).cpu())
     if losses:
         values = by_noise(torch.cat(losses), batch[4], schedule.config.timesteps)
         values = averages(read(values), 1)
-        run.record_line(step, **{f"held_out_{name}": value for name, value in values.items()})
+        run.record_line(step, {f"held_out_{name}": value for name, value in values.items()})
         say("held-out " + "  ".join(f"{name} {value:.4f}" for name, value in values.items()))
     lines = [line for line in read_log(run.out / "log.jsonl") if line["stage"] == run.stage]
     curves = {title: [(line["step"], line[name]) for line in lines if name in line]
               for title, name in (("training", "loss"), ("held out", "held_out_loss"))}
-    if any(curves.values()):
-        picture = chart({title: points for title, points in curves.items() if points},
-                        "steps", "loss")
-        write_picture(run.out / "samples/loss.png", picture)
+    curves = {title: points for title, points in curves.items() if points}
+    if curves:
+        write_picture(run.out / "samples/loss.png", chart(curves, "steps", "loss"))
 
 
 def draw_held_out(run, vae, held_out, device, first, schedule):
@@ -432,6 +432,19 @@ def draw_held_out(run, vae, held_out, device, first, schedule):
     config = replace(run.config, batch_size=HELD_OUT)
     # As in a step that no run comes to: nothing is easier there than it stays.
     return draw_batch(run.args.seed, 10**9, config, clips + first, fps, latents, schedule)
+
+
+def find_tokenizer(state, whole, captions, preset):
+    """The tokenizer of what training goes on from, or a new one for these captions; and the preset,
+    for a new one with a context as long as the longest caption, if that is at most LONGEST tokens.
+    """
+    known = state and state["tokenizer"] or whole and whole.tokenizer
+    if known:
+        return known, preset
+    tokenizer = Tokenizer.train(captions, preset.text.vocab_size)
+    longest = max(len(tokenizer.encode(normalize(caption))) for caption in captions)
+    context_length = max(preset.text.context_length, min(longest, LONGEST))
+    return tokenizer, replace(preset, text=replace(preset.text, context_length=context_length))
 
 
 def encode_captions(tokenizer, captions, config, device, others=()):
@@ -493,20 +506,16 @@ def draw_samples(pipeline, path, prompts, real, rates):
 
 
 def load_models(args):
-    """The autoencoder to train on; where --init is a model.pt its whole Pipeline, or None; and the
-    configs of what is there, by the names that they have in a preset."""
+    """The autoencoder to train on, and where --init is a model.pt its whole Pipeline, else None."""
     path = Path(args.init or args.vae or Path(args.out) / "vae.pt")
     if not path.is_file() and not (args.init or args.vae):
         raise UserError(f"no {path}: train it first with `{next_command('vae', args)}`, or name a "
                         "trained one with --vae")
     weights = load_checkpoint(path, "vae")
-    vae, whole = unpack(AutoencoderKL, VAEConfig, weights["vae"]), None
-    configs = {"vae": vae.config}
     if args.init and "unet" in weights:
         whole = load_pipeline(path)
-        configs |= {"text": whole.text_encoder.config, "unet": whole.unet.config,
-                    "diffusion": whole.schedule.config}
-    return vae, whole, configs
+        return whole.vae, whole
+    return unpack(AutoencoderKL, VAEConfig, weights["vae"]), None
 
 
 def build_models(whole, preset):
@@ -516,54 +525,43 @@ def build_models(whole, preset):
     return TextEncoder(preset.text), UNet3D(preset.unet), NoiseSchedule(preset.diffusion)
 
 
-def adopt(args, preset, **configs):
+def adopt(args, preset, vae, whole=None):
     """The preset with the configs of the models that training starts from; a line says where they
     differ from its own. Raises UserError where the parts do not fit together."""
+    configs = {"vae": vae.config}
+    if whole:
+        configs |= {"text": whole.text_encoder.config, "unet": whole.unet.config,
+                    "diffusion": whole.schedule.config}
     for part, config in configs.items():
         for name, value in vars(config).items():
             own = getattr(getattr(preset, part), name)
             if value != own:
                 say(f"{part}.{name} is {value}, as in the trained weights, not {own}")
-    adopted = replace(preset, **configs)
-    unet = replace(adopted.unet, channels=adopted.vae.latent_channels)
-    adopted = adopted if "unet" in configs else replace(adopted, unet=unet)
-    if adopted != preset:
-        check_preset(args.preset, adopted)
-    return adopted
+    preset = replace(preset, **configs)
+    preset = replace(preset, unet=replace(preset.unet, channels=preset.vae.latent_channels))
+    check_preset(args.preset, preset)
+    return preset
 
 
 def open_dataset(args, preset):
-    """What --data names: `MovingShapes` or a `VideoFolder`. Raises UserError, DataError."""
-    videos = getattr(preset, f"{args.stage}_training").videos
-    clips = {name: getattr(args, name) for name in CLIP_OPTIONS}
+    """Two data sets, the one to train on and what is held out to measure with, each `MovingShapes`
+    or a `VideoFolder`; and a digest of all that their pictures depend on. Raises DataError."""
+    settings = {"seed": args.seed, "frames": preset.frames, "size": preset.size}
     if args.data == "shapes":
-        if options(**clips):
-            raise UserError(f"{options(**clips)} is for --data FOLDER, a folder of videos")
-        return MovingShapes(videos, seed=args.seed, frames=preset.frames, size=preset.size)
-    if args.videos is not None:
-        raise UserError("--videos is for --data shapes; a folder has as many as there are in it")
-    if Path(args.out).resolve().is_relative_to(Path(args.data).resolve()):
-        raise UserError(f"--out {args.out} lies inside --data {args.data}: its sample videos would "
-                        "be taken for data")
-    clips |= {"seed": args.seed, "frames": preset.frames, "size": preset.size}
-    dataset = VideoFolder(args.data, **clips)
+        dataset = MovingShapes(getattr(preset, f"{args.stage}_training").videos, **settings)
+        held_out = MovingShapes(HELD_OUT // 2, "heldout", **settings)
+        return dataset, held_out, digest(dataset.identity())
+    dataset = VideoFolder(args.data, **settings, **{x: getattr(args, x) for x in CLIP_OPTIONS})
     for line in dataset.summary():
         say(printable(f"{args.data}: {line}"))
-    return dataset
-
-
-def hold_out(args, preset, dataset):
-    """Two data sets: the one to train on, and what is held out to measure with."""
-    if args.data != "shapes":
-        return dataset.divide()
-    return dataset, MovingShapes(HELD_OUT // 2, "heldout", args.seed, preset.frames, preset.size)
+    return *dataset.divide(), digest(dataset.identity())
 
 
 def report_skipped(dataset, out):
     """List the videos that cannot be used in skipped.txt, each once, with the reason."""
-    path, text = out / "skipped.txt", b""
-    for name, why in sorted(dataset.skipped.items()):
-        text += f"{name}: {why}\n".encode("utf-8", "backslashreplace")
+    path = out / "skipped.txt"
+    text = "".join(f"{name}: {why}\n" for name, why in sorted(dataset.skipped.items()))
+    text = text.encode("utf-8", "backslashreplace")
     if process() == 0 and text != (path.read_bytes() if path.is_file() else b""):
         with atomic_path(path) as temporary:
             temporary.write_bytes(text)
@@ -582,47 +580,44 @@ def encode_dataset(vae, dataset, device, out, precision=None, name="latents"):
     channels, height, width = vae.config.latent_shape(*sides(dataset.size))
     shape = (channels, dataset.frames, height, width)
     key = digest(f"{dataset.identity()} {precision}", vae)
-    state = read_contents(contents, key, len(dataset))
-    size = 2 * math.prod(shape) * len(state["clips"])  # in bytes
-    if file.exists() and not file.is_file():  # a pipe would keep this waiting
-        raise UserError(f"{file} is not a file: choose another --out")
-    if not state["clips"] or not file.exists() or file.stat().st_size < size:
+    clips, fps = read_contents(contents, key, len(dataset))
+    size = 2 * math.prod(shape) * len(clips)  # in bytes
+    if not clips or not file.is_file() or file.stat().st_size < size:
         contents.unlink(missing_ok=True)  # first: it must never speak of another file
-        file.write_bytes(b"")
-        state, size = {"key": key, "clips": [], "fps": []}, 0
-    known = set(state["clips"])
+        file.unlink(missing_ok=True)
+        clips, fps, size = [], [], 0
+    known = set(clips)
     todo = [i for i in range(len(dataset)) if i not in known] if process() == 0 else []
-    with file.open("rb+") as latents:
-        latents.seek(size)
-        clips = read_ahead(dataset, todo)
-        for n, (i, sample) in enumerate(progress(clips, "encoding", len(known), len(dataset)), 1):
+    with file.open("ab") as latents:
+        latents.truncate(size)  # without what a killed run left half done
+        samples = progress(read_ahead(dataset, todo), "encoding", len(known), len(dataset))
+        for n, (i, sample) in enumerate(samples, 1):
             if sample is not None:
                 with autocast(device, precision):
                     z = vae.encode_video(to_model(sample.video[None]).to(device))
                 latents.write(z.half().cpu().numpy().tobytes())
-                state["clips"].append(i)
-                state["fps"].append(float(sample.fps))
+                clips.append(i)
+                fps.append(float(sample.fps))
             if n % 100 == 0 or n == len(todo):
                 latents.flush()
                 os.fsync(latents.fileno())  # what is called done must be on the disk
                 with atomic_path(contents) as path:
-                    path.write_text(json.dumps(state))
-    shape = (len(state["clips"]), *shape)
-    latents = np.memmap(file, np.float16, mode="c", shape=shape)  # "c": the file stays as it is
-    return torch.tensor(state["clips"]), torch.tensor(state["fps"]), torch.from_numpy(latents)
+                    path.write_text(json.dumps({"key": key, "clips": clips, "fps": fps}))
+    latents = np.memmap(file, np.float16, mode="c", shape=(len(clips), *shape))  # never written to
+    return torch.tensor(clips), torch.tensor(fps), torch.from_numpy(latents)
 
 
 def read_contents(path, key, length):
-    """What such a file says: numbers of the encoded clips below `length` and their frame rates. No
-    clips where it is damaged or has another key."""
+    """What such a file says: numbers of the encoded clips below `length` and their frame rates;
+    none where it is damaged or has another key."""
     with contextlib.suppress(OSError, ValueError, TypeError, KeyError, RecursionError):
         state = json.loads(path.read_bytes() if path.is_file() else b"")
         clips, fps = state["clips"], state["fps"]
         good = [type(i) is int and 0 <= i < length and type(rate) is float and 0 < rate < math.inf
                 for i, rate in zip(clips, fps, strict=True)]
         if state["key"] == key and all(good) and len(set(clips)) == len(clips):
-            return state
-    return {"clips": []}
+            return clips, fps
+    return [], []
 
 
 # ------------------------------------------------------------------------------ optimizer
@@ -658,6 +653,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self):
+        """Move each matrix by its gradient, all matrices of one shape together."""
         for group in self.param_groups:
             stacks = defaultdict(list)  # matrices of one shape go together: large products are fast
             for p in group["params"]:
@@ -762,50 +758,30 @@ class Run:
     step and after the stage's result. So wherever a run is killed, what lies on the disk is at
     least as new as `last.pt`, and --resume makes the steps since then again, bit for bit.
 
-    digests: of what training starts from, by name. Attributes: the preset to train with, in which
-    what has a step to begin at keeps that step; tokenizer, of a run that goes on, or None.
+    state: see `find_state`; digests: of what training starts from, by name. Raises UserError.
     """
 
-    def __init__(self, args, preset, digests):
+    def __init__(self, args, preset, state, digests):
         self.args, self.out, self.stage, self.preset = args, Path(args.out), args.stage, preset
+        self.config = getattr(preset, f"{args.stage}_training")
+        self.state, self.record = state, describe_run(args, preset, digests)
         self.start, self.logged, self.sums = 0, 0, {}  # the last logged step, all values since
         self.signals, self.stopping = [], False  # of Ctrl-C and its like: here, anywhere
-        self.record = describe_run(args, preset, digests)
-        self.state = find_state(args, self.record)
-        self.tokenizer, self.config = None, getattr(preset, f"{args.stage}_training")
-        if self.state is not None:
-            state, fixed = self.state, {name.partition("=")[0] for name in args.set}
+        if state:
             self.start, self.logged, self.sums = state["step"], state["logged"], state["sums"]
-            self.tokenizer = state["tokenizer"]
-            if "vae_loss.gan_start" not in fixed:
-                loss = replace(preset.vae_loss, gan_start=state["gan_start"])
-                self.preset = replace(self.preset, vae_loss=loss)
-            if "training.easy_start" not in fixed:
-                self.config = replace(self.config, easy_start=state["easy_start"])
-            if self.tokenizer is not None:
-                self.set_context(state["record"]["text.context_length"])
-
-    def set_context(self, length):
-        """Tokens that the text encoder takes."""
-        text = replace(self.preset.text, context_length=length)
-        self.preset = replace(self.preset, text=text)
-        self.record["text.context_length"] = length
-
-    def make_tokenizer(self, captions: list[str]) -> Tokenizer:
-        """A tokenizer for these captions, and a context as long as the longest of them, if that is
-        at most LONGEST tokens."""
-        tokenizer = Tokenizer.train(captions, self.preset.text.vocab_size)
-        longest = max(len(tokenizer.encode(normalize(caption))) for caption in captions)
-        self.set_context(max(self.preset.text.context_length, min(longest, LONGEST)))
-        return tokenizer
+            for name, now in self.record.items():
+                then = state["record"].get(name)
+                if repr(now) != repr(then):
+                    raise UserError(f"{self.out / 'last.pt'} was started with {name} {then}, not "
+                                    f"{now}: use the same, or choose another --out")
 
     def begin(self, models, optimizers, tokenizer=None):
         """Models and optimizers, dicts of what will be saved, as they were when last.pt was
         written; and a folder ready for what comes. Raises UserError."""
         self.models, self.optimizers, self.tokenizer = models, optimizers, tokenizer
-        state, self.state = self.state, None
-        if state is not None:
-            restore(state, models, optimizers, self.out / "last.pt")
+        if self.state:
+            restore(self.state, models, optimizers, self.out / "last.pt")
+            self.state.clear()  # it takes as much memory as the models
         if process() > 0:
             return
         (self.out / "samples").mkdir(parents=True, exist_ok=True)
@@ -824,7 +800,7 @@ class Run:
     def steps(self):
         """The remaining step numbers, behind a progress bar. A signal of `noted_signals` lets the
         step come to its end and be saved, and is raised then."""
-        self.clock = self.saved = time.monotonic()
+        self.saved = time.monotonic()
         with noted_signals() as self.signals:
             remaining = range(self.start, self.config.steps)
             for step in progress(remaining, self.stage, self.start, self.config.steps):
@@ -839,11 +815,8 @@ class Run:
     def check_finite(self, *values):
         """Raises UserError unless all of these numbers are finite."""
         if not math.isfinite(sum(values)):
-            last, other = self.out / "last.pt", "a lower --lr"
-            if self.args.precision != "fp32":
-                other += " or --precision fp32"
-            start = f"go on from {last} with --resume and" if last.is_file() else "start again with"
-            raise UserError(f"the loss is not finite any more: {start} {other}")
+            raise UserError("the loss is not finite any more: go on from the last checkpoint with "
+                            "--resume and a lower --lr or --precision fp32")
 
     def log(self, step, values):
         """Every `log_every` steps, the means since the last time: an aligned line on stderr and a
@@ -855,22 +828,17 @@ class Run:
         if done % self.config.log_every and done != self.config.steps:
             return
         means = averages(self.sums, done - self.logged)
-        seconds = max(time.monotonic() - self.clock, 1e-6) / (done - max(self.logged, self.start))
-        self.clock, self.logged, self.sums = time.monotonic(), done, {}
-        lr, speed = learning_rate(step, self.config), self.config.batch_size / seconds
-        minutes = (self.config.steps - done) * seconds / 60
+        self.logged, self.sums, lr = done, {}, learning_rate(step, self.config)
         text = "  ".join(f"{name} {value:7.4f}" for name, value in means.items()
                          if not name.startswith("loss_"))
-        say(f"step {done:6d}  {text}  lr {lr:.1e}  {speed:6.1f}/s  {memory_gib():4.1f} GiB  "
-            f"{minutes:5.1f} min left")
-        self.record_line(step, **means, lr=lr, per_second=speed)
+        say(f"step {done:6d}  {text}  lr {lr:.1e}")
+        self.record_line(step, means | {"lr": lr})
 
-    def record_line(self, step, **values):
+    def record_line(self, step, values):
         """Append one JSON object to log.jsonl."""
-        if process() > 0:
-            return
-        with (self.out / "log.jsonl").open("a") as file:
-            file.write(json.dumps({"stage": self.stage, "step": step + 1, **values}) + "\n")
+        if process() == 0:
+            with (self.out / "log.jsonl").open("a") as file:
+                file.write(json.dumps({"stage": self.stage, "step": step + 1, **values}) + "\n")
 
     def due(self, step):
         """Is it time for sample pictures and a checkpoint after this step?"""
@@ -920,25 +888,17 @@ def describe_run(args, preset, digests):
     return record
 
 
-def find_state(args, record):
-    """The state to go on from, or None. Raises UserError where that would overwrite or mix runs."""
+def find_state(args) -> dict | None:
+    """What `Run.save` wrote, to go on from; None for a run that begins. Raises UserError where that
+    would overwrite or mix runs."""
     out, stage = Path(args.out), args.stage
     last = out / "last.pt"
     state = read_state(last) if last.is_file() else {"stage": None}
-    if state["stage"] == stage and not args.resume:
-        raise UserError(f"{last} is a {stage} run: add --resume, or choose another --out")
-    if state["stage"] == "diffusion" != stage:  # a new VAE would make its UNet worthless
-        raise UserError(f"{last} is a diffusion run: choose another --out")
-    if state["stage"] == stage:
-        before = {"frames": FRAMES, **state["record"]}  # older ones had no choice
-        for name, now in record.items():
-            then = before.get(name)
-            if name == "text.context_length" and type(then) is int and 1 < then <= 2**16:
-                continue  # it grew with the captions
-            if repr(now) != repr(then):
-                raise UserError(f"{last} was started with {name} {then}, not {now}: use the same, "
-                                "or choose another --out")
+    if state["stage"] == stage and args.resume:
         return state
+    if state["stage"] in (stage, "diffusion"):  # a new VAE would make its UNet worthless
+        raise UserError(f"{last} is a {state['stage']} run: add --resume to train.py "
+                        f"{state['stage']}, or choose another --out")
     if args.resume and not (out / "config.json").is_file():
         raise UserError(f"there is no {stage} run in {out} to resume")
     if args.resume:
@@ -948,16 +908,14 @@ def find_state(args, record):
 
 def read_state(path: Path) -> dict:
     """What `Run.save` wrote, its tokenizer rebuilt. Raises UserError for anything else."""
-    kinds = {"stage": str, "record": dict, "step": int, "gan_start": int, "easy_start": int,
-             "logged": int, "sums": dict, "tokenizer": (dict, type(None)), "models": dict,
-             "optimizers": dict}
-    state = load_checkpoint(path, *kinds)
+    examples = {"stage": "", "record": {}, "step": 0, "gan_start": 0, "easy_start": 0, "logged": 0,
+                "sums": {}, "models": {}, "optimizers": {}}
+    state = load_checkpoint(path, *examples, "tokenizer")
     try:
-        wrong = [name for name, kind in kinds.items() if not isinstance(state[name], kind)
-                 or kind is int and not 0 <= state[name] <= 10**9]
+        wrong = [name for name, like in examples.items() if not fits(state[name], like, 10**9)]
         wrong += [name for name, total in state["sums"].items()
-                  if type(total) is not float or not math.isfinite(total)
-                  or type(name) is not str or name in ("stage", "step", "lr", "per_second")]
+                  if type(name) is not str or not fits(total, 0.0, 0)]
+        repr(state["record"])  # fails here, not later, for numbers too long to print
         if wrong or state["logged"] > state["step"]:
             raise ValueError(", ".join(map(str, wrong)) or "logged")
         if state["tokenizer"] is not None:
@@ -1074,8 +1032,7 @@ def check_preset(name, preset):
     """Raises UserError where the parts of a preset do not fit together."""
     try:
         NoiseSchedule(preset.diffusion)
-        with warnings.catch_warnings(), torch.device("meta"):  # nothing is stored or computed
-            warnings.simplefilter("ignore")
+        with Unfilled(), torch.device("meta"):  # nothing is stored or computed
             vae, unet = AutoencoderKL(preset.vae), UNet3D(preset.unet)
             TextEncoder(preset.text), Tokenizer.train([], preset.text.vocab_size)
             (width, height), levels = sides(preset.size), len(preset.unet.widths)
@@ -1112,6 +1069,7 @@ def next_command(stage: str, args: argparse.Namespace) -> str:
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line, `sys.argv` if none is given; ends the program where it is wrong."""
     parser = Parser(description=__doc__)
     option = parser.add_argument
     option("stage", choices=["vae", "diffusion"], help="which half to train")
@@ -1125,8 +1083,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     option("--vae", metavar="FILE", help="a vae.pt or model.pt: begin a new text encoder and UNet "
            "on its autoencoder (OUT/vae.pt)")
     option("--resume", action="store_true", help="go on where the run stopped")
-    option("--prompts", metavar="FILE", help="sentences to draw into samples/ while training, one "
-           "a line (the most different captions)")
+    option("--prompts", metavar="FILE", type=lambda path: read_prompts(path, 100), help="sentences "
+           "to draw into samples/ while training, one a line (the most different captions)")
     option("--vgg", metavar="FILE",
            help="torchvision's vgg16-397923af.pth: the VAE also compares VGG features")
     option("--seed", type=number(int, 0, 2**31), default=0, help="(%(default)s)")
@@ -1144,7 +1102,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     option("--steps", type=number(int, 1, 10**9), help="training steps in total")
     option("--batch-size", type=number(int, 1, 10**6))
     option("--lr", type=number(float, 0, 1), help="peak learning rate")
-    option("--videos", type=number(int, 1, 10**9), help="size of the procedural data")
+    option("--videos", type=number(int, 1, 2**20), help="size of the procedural data")
     option("--size", type=frame_size, metavar="N|WxH", help="of a frame in pixels")
     option("--frames", type=number(int, 2, 512), help="of a clip")
     option("--set", nargs="+", action="extend", default=[], metavar="PART.FIELD=VALUE",
@@ -1168,49 +1126,56 @@ def add_memory_options(group):
     option("--compile", action="store_true", help="translate the model with torch.compile (CUDA)")
 
 
-def configure(args: argparse.Namespace) -> Preset:
+def configure(args: argparse.Namespace, state: dict | None = None) -> Preset:
     """The preset with the command line's values in place of its own. What begins or ends at a step
-    does so after the same share of a shorter or longer run. Raises UserError."""
+    does so after the same share of a shorter or longer run, and at the same step of one that goes
+    on from `state`. Raises UserError."""
     try:
         preset = PRESETS[args.preset]()
     except ValueError as error:
         raise UserError(f"--preset {args.preset} contradicts itself: {error}") from error
-    own, stage = getattr(preset, f"{args.stage}_training"), f"{args.stage}_training"
-    parts = ("vae", "vae_loss", "text", "unet", "diffusion")
-    parts = {name: getattr(preset, name) for name in parts} | {"training": own}
-    parts = set_fields(parts, args.set)
-    fixed = {name.partition("=")[0] for name in args.set}
+    stage = f"{args.stage}_training"
+    own, names = getattr(preset, stage), ("vae", "vae_loss", "text", "unet", "diffusion")
     flags = {name: getattr(args, name) for name in ("steps", "batch_size", "lr", "videos")}
-    flags = {name: value for name, value in flags.items() if value is not None}
-    training = replace(parts.pop("training"), **flags)
-    if "training.easy_start" not in fixed:
-        training = replace(training, easy_start=own.easy_start * training.steps // own.steps)
-    if "vae_loss.gan_start" not in fixed and args.stage == "vae":
-        start = preset.vae_loss.gan_start * training.steps // own.steps
-        parts["vae_loss"] = replace(parts["vae_loss"], gan_start=start)
-    # What the UNet takes is what the others give.
-    taken = {"channels": parts["vae"].latent_channels, "text_width": parts["text"].width}
-    taken = {name: value for name, value in taken.items() if f"unet.{name}" not in fixed}
-    parts["unet"] = replace(parts["unet"], **taken)
-    preset = replace(preset, **parts, **{stage: training}, size=args.size or preset.size,
-                     frames=args.frames or preset.frames)
+    chosen = args.set + [f"training.{k}={v}" for k, v in flags.items() if v is not None]
+    parts = {name: getattr(preset, name) for name in names} | {"training": own}
+    parts = set_fields(parts, chosen)
+    steps, gan_start = parts["training"].steps, preset.vae_loss.gan_start
+    state, context_length = state or {"record": {}}, parts["text"].context_length
+    follows = {  # from other values, unless it is chosen, too
+        "training.easy_start": state.get("easy_start", own.easy_start * steps // own.steps),
+        "vae_loss.gan_start": state.get("gan_start", gan_start * steps // own.steps),
+        "text.context_length": state["record"].get("text.context_length", context_length),
+        "unet.channels": parts["vae"].latent_channels,
+        "unet.text_width": parts["text"].width,
+    }
+    parts = set_fields(parts, [f"{name}={value}" for name, value in follows.items()] + chosen)
+    preset = replace(preset, **{stage: parts.pop("training")}, **parts,
+                     size=args.size or preset.size, frames=args.frames or preset.frames)
     check_preset(args.preset, preset)
     return preset
 
 
 def check(args, preset, device):
-    """Raises UserError where options do not fit together, or to this machine; reads --prompts."""
+    """Raises UserError where options do not fit together, or to this machine."""
     for name, stage in {"vgg": "vae", "vae": "diffusion", "prompts": "diffusion"}.items():
         if getattr(args, name) is not None and args.stage != stage:
             raise UserError(f"--{name} is for python train.py {stage}")
     batch_size = getattr(preset, f"{args.stage}_training").batch_size
-    count = args.grad_accum * processes()
+    count, shapes = args.grad_accum * processes(), args.data == "shapes"
+    clips = options(**{name: getattr(args, name) for name in CLIP_OPTIONS})
+    inside = Path(args.out).resolve().is_relative_to(Path(args.data).resolve())
     for wrong, message in (
+        (shapes and clips, f"{clips} is for --data FOLDER, a folder of videos"),
+        (shapes and isinstance(preset.size, tuple),
+         "--data shapes has square frames: give --size one number"),
+        (not shapes and args.videos is not None,
+         "--videos is for --data shapes; a folder has as many as there are in it"),
+        (not shapes and inside, f"--out {args.out} lies inside --data {args.data}: its sample "
+         "videos would be taken for data"),
         (args.vae and args.init, "--init goes on with all of a model, --vae begins a new one"),
         (preset.vae_loss.vgg_weight and args.stage == "vae" and not args.vgg,
          "vae_loss.vgg_weight needs --vgg FILE"),
-        (args.data == "shapes" and isinstance(preset.size, tuple),
-         "--data shapes has square frames: give --size one number"),
         (args.compile and device.type != "cuda", "--compile is for CUDA GPUs: leave it out"),
         (count > batch_size, f"a batch of {batch_size} cannot be divided into {count} parts: "
          "choose a larger --batch-size"),
@@ -1219,32 +1184,19 @@ def check(args, preset, device):
     ):
         if wrong:
             raise UserError(message)
-    if args.prompts is not None:
-        args.prompts = read_prompts(args.prompts, 100)
 
 
-def memory_advice(args):
-    """What helps against a full memory, of what is not in use yet."""
-    advice = [f"--grad-accum {2 * args.grad_accum} (the same result, in more parts)"]
-    advice += [] if args.grad_checkpoint else ["--grad-checkpoint"]
-    advice += [] if args.precision == "bf16" else ["--precision bf16"]
-    return f"{', '.join(advice)} or a smaller --batch-size"
-
-
-def main():
+def main() -> None:
+    """Train what the command line asks for."""
     args = parse_args()
     device = pick_device(args.device, args.precision)
     join_processes(device)
-    preset = configure(args)
-    check(args, preset, device)
     stage = {"vae": train_vae, "diffusion": train_diffusion}[args.stage]
-    try:
-        with locked(args.out) if process() == 0 else contextlib.nullcontext():
-            stage(args, preset, device)
-    except (MemoryError, RuntimeError) as error:
-        if not out_of_memory(error):
-            raise
-        raise UserError(f"the memory is full: try {memory_advice(args)}") from error
+    with locked(args.out) if process() == 0 else contextlib.nullcontext():
+        state = find_state(args)
+        preset = configure(args, state)
+        check(args, preset, device)
+        stage(args, preset, device, state)
 
 
 if __name__ == "__main__":

@@ -34,8 +34,8 @@ from data import sides
 from diffusion import NoiseSchedule
 from sample import Pipeline
 from text_encoder import TextEncoder, Tokenizer, attention_weights
-from tools import DEVICES, Parser, autocast, memory_gib, number, pick_device, print_row
-from tools import product_dtype, run_command
+from tools import DEVICES, Parser, autocast, number, pick_device, print_row, product_dtype
+from tools import run_command
 from unet3d import UNet3D
 from vae import AutoencoderKL
 
@@ -85,6 +85,18 @@ def kernels_of(action):
         torch.cuda.synchronize()
     on_gpu = torch.autograd.DeviceType.CUDA
     return {"kernels": sum(e.device_type == on_gpu for e in profile.events())}
+
+
+def memory_gib():
+    """Peak memory so far: of the GPU where there is one, else of this process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0.0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**30 if sys.platform == "darwin" else 2**20)  # bytes on macOS, else kiB
 
 
 def count_parameters(model):

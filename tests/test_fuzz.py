@@ -39,7 +39,8 @@ import sample
 import train
 import vae
 from data import write_video
-from tools import memory_gib, printable
+from experiments.speed import memory_gib
+from tools import printable
 
 SECONDS, GIB = 30, 1  # that one input may take
 
