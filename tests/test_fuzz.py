@@ -41,7 +41,7 @@ import vae
 from data import write_video
 from tools import memory_gib, printable
 
-SECONDS, GIB = 30, 1  # that one input may take
+SECONDS, GIB = 120, 1  # that one input may take
 
 # ------------------------------------------------------------------------------ good files
 
