@@ -21,7 +21,7 @@ torch.set_num_threads(1)  # the models are tiny: a second thread costs more than
 
 
 def pytest_addoption(parser):
-    parser.addoption("--inputs", type=int, default=100, help="of all kinds for test_fuzz.py")
+    parser.addoption("--inputs", type=int, default=60, help="of all kinds for test_fuzz.py")
 
 
 def pytest_configure(config):
@@ -42,7 +42,7 @@ def tiny_configs():
     from vae import VAEConfig
 
     unet = UNet3DConfig(
-        widths=(32, 32), blocks=(1, 1), attention=(True, True), head_width=16,
+        widths=(32, 32), blocks=(1, 1), attention=(False, True), head_width=16,
         text_width=32, embedding_width=32, groups=4,
     )
     text = TextEncoderConfig(context_length=100, width=32, depth=1, heads=2)

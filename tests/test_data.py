@@ -286,7 +286,7 @@ def check_frames(path, picks, frames=None):
 PICKS = [range(40), range(1, 40, 2), range(4, 40, 5), range(9, 40, 11), [17, 18], [30, 39], [39]]
 
 
-@pytest.mark.parametrize("b_frames", [0, 1, 2, 3])
+@pytest.mark.parametrize("b_frames", [0, 3])
 @pytest.mark.parametrize("suffix", ["avi", "mp4", "mkv", "ts", "mpg"])
 def test_frame_n_is_the_nth_of_a_decode_from_the_start(tmp_path, suffix, b_frames):
     for codec in ("libx264", "mpeg4", "mpeg2video"):
@@ -750,7 +750,7 @@ def playlist(path):
 
 
 UNSAFE = {
-    "narrow.png": (lambda path: Image.new("L", (1, 10**7)).save(path), "too many"),
+    "narrow.png": (lambda path: Image.new("1", (1, 2 * 10**6)).save(path), "too many"),
     "large.png": (lambda path: Image.new("1", (12_000, 12_000)).save(path), "too many"),
     "bomb.gif": (bomb_gif, "nvalid|too many"),
     "script.png": (postscript, "cannot identify"),
@@ -1076,17 +1076,6 @@ def test_links_circles_and_odd_names_work(tmp_path, monkeypatch):
     assert len(list(VideoFolder(".", frames=4, size=16))) == 6
 
 
-def test_ten_thousand_files(tmp_path):
-    for i in range(100):
-        (tmp_path / f"class{i}").mkdir()
-        for j in range(100):
-            (tmp_path / f"class{i}" / f"{j}.avi").touch()
-    start = time.perf_counter()
-    dataset = VideoFolder(tmp_path)
-    assert len(dataset) == 10_000 and len(dataset.identity()) > 10_000
-    assert time.perf_counter() - start < 10
-
-
 # ------------------------------------------------------------------------------ the data set
 
 
@@ -1196,7 +1185,7 @@ def test_a_read_that_hangs_does_not_keep_the_program(tmp_path):
 
 
 @needs_real
-@pytest.mark.parametrize("degrees, turns", [(0, 0), (90, -1), (180, 2), (270, 1)])
+@pytest.mark.parametrize("degrees, turns", [(90, -1), (180, 2)])
 def test_the_rotation_of_phones_is_respected(degrees, turns):
     """turns: counter-clockwise quarters that put these films upright, found by looking at them."""
     path = REAL / "containers" / f"decord_rot_video_{degrees}.mov"
@@ -1214,15 +1203,17 @@ def test_the_rotation_of_phones_is_respected(degrees, turns):
 @needs_real
 @pytest.mark.parametrize("folder", ["containers", "weizmann", "UCF-101"])
 def test_real_frames_are_those_of_a_decode_of_the_whole_file(folder):
+    """Of six files of each folder, always the same."""
     rng = np.random.default_rng(0)
-    for path in sorted(REAL.glob(f"{folder}/**/*.*")):
-        if path.suffix in data.VIDEOS and "_rot_" not in path.name:
-            frames = whole(path)
-            count = len(frames)
-            start = rng.integers(max(count - 16, 1))
-            run = range(start, min(start + 6, count))
-            spread = np.linspace(0, count - 1, 5).astype(int).tolist()
-            check_frames(path, [sorted({*spread, *run})], frames)
+    paths = [path for path in sorted(REAL.glob(f"{folder}/**/*.*"))
+             if path.suffix in data.VIDEOS and "_rot_" not in path.name]
+    for path in rng.permutation(paths)[:6]:
+        frames = whole(path)
+        count = len(frames)
+        start = rng.integers(max(count - 16, 1))
+        run = range(start, min(start + 6, count))
+        spread = np.linspace(0, count - 1, 5).astype(int).tolist()
+        check_frames(path, [sorted({*spread, *run})], frames)
 
 
 @needs_real

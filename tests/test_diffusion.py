@@ -65,19 +65,15 @@ def test_schedule_decreases_inside_the_unit_interval(name, timesteps):
         assert (a.diff() < 0).all() and a[0] < 1 and (a[-1] == 0 if zero else a[-1] > 0)
 
 
-def test_linear_schedule_is_the_product_of_the_ddpm_betas():
+def test_schedules_are_the_closed_forms():
+    """Linear: the product of DDPM's betas; cosine: away from the clip."""
+    beta = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)
     a = make_schedule(schedule="linear", zero_terminal_snr=False).alphas_cumprod
-    product, expected = 1.0, []
-    for i in range(1000):
-        product *= 1 - (1e-4 + (0.02 - 1e-4) * i / 999)
-        expected.append(product)
-    torch.testing.assert_close(a, torch.tensor(expected, dtype=torch.float64), rtol=1e-12, atol=0)
+    torch.testing.assert_close(a, (1 - beta).cumprod(0), rtol=1e-12, atol=0)
 
-
-def test_cosine_schedule_is_the_closed_form_away_from_the_clip():
-    a = make_schedule(zero_terminal_snr=False).alphas_cumprod
     def f(t):
         return math.cos((t / 1000 + 0.008) / 1.008 * math.pi / 2) ** 2
+    a = make_schedule(zero_terminal_snr=False).alphas_cumprod
     expected = torch.tensor([f(t + 1) / f(0) for t in range(998)], dtype=torch.float64)
     torch.testing.assert_close(a[:998], expected, rtol=1e-9, atol=0)
 
@@ -94,17 +90,14 @@ def test_zero_terminal_snr_keeps_the_first_step_and_zeroes_the_last(name):
 
 
 @pytest.mark.parametrize("shift", [0.5, 3.0])
-def test_shift_divides_snr_by_its_square(shift):
-    def snr(**config):
-        a = make_schedule(zero_terminal_snr=False, **config).alphas_cumprod
-        return a / (1 - a)
-    torch.testing.assert_close(snr(shift=shift), snr() / shift ** 2, rtol=1e-9, atol=0)
-
-
-def test_shift_comes_before_the_rescale():
-    assert make_schedule(shift=3.0).alphas_cumprod[-1] == 0
-    first = make_schedule(shift=3.0, zero_terminal_snr=False).alphas_cumprod[0].item()
-    assert make_schedule(shift=3.0).alphas_cumprod[0].item() == pytest.approx(first, rel=1e-14)
+def test_shift_divides_snr_by_its_square_before_the_rescale(shift):
+    def schedule(**config):
+        return make_schedule(zero_terminal_snr=False, **config).alphas_cumprod
+    plain, shifted, rescaled = schedule(), schedule(shift=shift), make_schedule(shift=shift)
+    torch.testing.assert_close(
+        shifted / (1 - shifted), plain / (1 - plain) / shift ** 2, rtol=1e-9, atol=0)
+    assert rescaled.alphas_cumprod[-1] == 0
+    assert rescaled.alphas_cumprod[0].item() == pytest.approx(shifted[0].item(), rel=1e-14)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
@@ -136,7 +129,7 @@ def test_q_sample_has_the_schedules_mean_and_keeps_the_dtype():
 
 
 @pytest.mark.parametrize("prediction", ["v", "eps", "x_start"])
-def test_predict_inverts_target(prediction):
+def test_predict_inverts_target_and_output(prediction):
     schedule = make_schedule(prediction=prediction)
     x_start, noise = torch.randn(2, *SHAPE, dtype=torch.float64).unbind()
     for t in (0, 1, 500, 998, 999):
@@ -145,16 +138,11 @@ def test_predict_inverts_target(prediction):
         t = torch.tensor([t, 300])
         x_t = schedule.q_sample(x_start, t, noise)
         predicted = schedule.predict(schedule.target(x_start, t, noise), x_t, t)
-        torch.testing.assert_close(predicted[0], x_start)
-        torch.testing.assert_close(predicted[1], noise)
-
-
-def test_predict_keeps_the_state_in_float32_when_the_output_is_bfloat16():
-    for prediction in ("v", "eps", "x_start"):
-        t = torch.tensor([3, 500])
-        pair = make_schedule(prediction=prediction).predict(
-            torch.randn(SHAPE).bfloat16(), torch.randn(SHAPE), t)
-        assert [x.dtype for x in pair] == [torch.float32] * 2
+        torch.testing.assert_close(predicted, (x_start, noise))
+        found, _ = schedule.predict(schedule.output(x_start, noise, t), noise, t)  # for any x_t
+        torch.testing.assert_close(found, x_start)
+    pair = schedule.predict(noise.bfloat16(), noise.float(), t)
+    assert [x.dtype for x in pair] == [torch.float32] * 2
 
 
 def test_timesteps_begin_at_the_noisiest_and_get_denser():
@@ -243,11 +231,13 @@ def test_guidance_one_is_the_conditional_output_bit_for_bit():
 
 @pytest.mark.parametrize("rescale", [0.0, 0.7])
 def test_guidance_changes_every_channel(rescale):
-    conditional, unconditional = torch.randn(2, *SHAPE).unbind()
-    output = guided(lambda x, t: (conditional, unconditional), 3.0, rescale)(None, None)
+    pair = conditional, unconditional = torch.randn(2, *SHAPE).unbind()
+    output = guided(lambda x, t: pair, 3.0, rescale)(None, None)
     assert ((output - conditional).abs().amin(dim=(0, 2, 3, 4)) > 0).all()
     if not rescale:
         torch.testing.assert_close(output, 3 * conditional - 2 * unconditional)
+    half = guided(lambda x, t: (pair[0].bfloat16(), pair[1].bfloat16()), 5.0, rescale)(None, None)
+    assert half.dtype == torch.float32
 
 
 def test_full_rescale_gives_back_the_std_of_the_conditional():
@@ -259,11 +249,6 @@ def test_full_rescale_gives_back_the_std_of_the_conditional():
     torch.testing.assert_close(half, (plain + full) / 2)
     zero = torch.zeros(SHAPE)
     assert torch.equal(guided(lambda x, t: (zero, zero), 6.0, 1.0)(None, None), zero)
-
-
-def test_guidance_of_bfloat16_outputs_is_float32():
-    pair = torch.randn(2, *SHAPE).bfloat16().unbind()
-    assert guided(lambda x, t: pair, 5.0)(None, None).dtype == torch.float32
 
 
 # Samplers
@@ -283,9 +268,6 @@ def test_posterior_equals_brute_force_bayes():
         x_start_factor, x_t_factor, variance = posterior(a, a_next)
         assert x_start_factor * x_start + x_t_factor * x_t == pytest.approx(mean, abs=1e-9)
         assert variance == pytest.approx((density * (grid - mean) ** 2).sum().item(), rel=1e-6)
-
-
-def test_posterior_at_the_ends_of_the_chain():
     assert posterior(0.9, 1.0) == (1.0, 0.0, 0.0)  # to clean data: x_start itself, no noise
     assert posterior(0.0, 0.3) == pytest.approx((math.sqrt(0.3), 0.0, 0.7))  # from pure noise
 
@@ -443,16 +425,6 @@ def informed_models(schedule, given):
 
 
 @pytest.mark.parametrize("prediction", ["v", "eps", "x_start"])
-def test_output_inverts_predict(prediction):
-    schedule = make_schedule(prediction=prediction)
-    x_start, x_t = torch.randn(2, *SHAPE, dtype=torch.float64).unbind()
-    for t in (0, 500, 999):
-        t = torch.tensor([t, 300])
-        found, _ = schedule.predict(schedule.output(x_start, x_t, t), x_t, t)
-        torch.testing.assert_close(found, x_start)
-
-
-@pytest.mark.parametrize("prediction", ["v", "eps", "x_start"])
 @pytest.mark.parametrize("sampler", list(SAMPLERS))
 def test_given_frames_come_back(sampler, prediction):
     schedule = make_schedule(prediction=prediction, schedule="linear")
@@ -528,22 +500,14 @@ def test_who_draws_the_conditional_gaussian():
 
 # Errors
 
-@pytest.mark.parametrize("config, message", [
-    ({"schedule": "sigmoid"}, "schedule"), ({"prediction": "score"}, "prediction"),
-    ({"prediction": "eps", "zero_terminal_snr": True}, "zero_terminal_snr"),
-    ({"timesteps": 1}, "timesteps"), ({"shift": 0.0}, "shift"),
-    ({"min_snr_gamma": -1.0}, "min_snr_gamma")])
-def test_bad_configs_are_refused_in_one_line(config, message):
-    with pytest.raises(ValueError, match=message) as error:
-        NoiseSchedule(DiffusionConfig(**config))
-    assert "\n" not in str(error.value)
-
-
-def test_bad_sampler_arguments_are_refused():
-    schedule = make_schedule()
-    for steps in (0, -1, 1001):
-        with pytest.raises(ValueError, match="steps"):
-            ddim_sample(None, schedule, torch.randn(SHAPE), steps)
-    for eta in (-0.1, 1.5):
-        with pytest.raises(ValueError, match="eta"):
-            ddim_sample(None, schedule, torch.randn(SHAPE), 2, eta=eta)
+def test_bad_settings_are_refused_in_one_line():
+    for config in ({"schedule": "sigmoid"}, {"prediction": "score"}, {"timesteps": 1},
+                   {"zero_terminal_snr": True, "prediction": "eps"}, {"shift": 0.0},
+                   {"min_snr_gamma": -1.0}):
+        with pytest.raises(ValueError, match=next(iter(config))) as error:
+            NoiseSchedule(DiffusionConfig(**config))
+        assert "\n" not in str(error.value)
+    for name, values in {"steps": (0, -1, 1001), "eta": (-0.1, 1.5)}.items():
+        for value in values:
+            with pytest.raises(ValueError, match=name):
+                ddim_sample(None, make_schedule(), torch.randn(SHAPE), **{"steps": 2, name: value})

@@ -42,7 +42,7 @@ from data import write_video
 from experiments.speed import memory_gib
 from tools import printable
 
-SECONDS, GIB = 30, 1  # that one input may take
+SECONDS, GIB = 120, 1  # that one input may take
 
 # ------------------------------------------------------------------------------ good files
 

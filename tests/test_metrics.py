@@ -1,6 +1,7 @@
 """The distances have their closed forms, the networks equal the reference ones, files of weights
 are never run, and the command keeps to its protocol."""
 
+import builtins
 import hashlib
 import io
 import json
@@ -571,16 +572,14 @@ def test_no_result_is_lost(monkeypatch, tmp_path, capsys):
     path = tmp_path / "result.json"
     monkeypatch.setattr(sys, "argv", ["metrics.py", "--fake", "shapes", "--json", str(path)])
     monkeypatch.setattr(metrics, "measure", lambda args: {"fvd": 1})
-    with monkeypatch.context() as full:
-        full.setattr(Path, "write_text", mock.Mock(side_effect=OSError(28, "No space left")))
-        with pytest.raises(OSError, match="No space left"):
+    for place, name, error, there in ((Path, "write_text", OSError(28, "No space left"), False),
+                                      (builtins, "print", BrokenPipeError(), True)):
+        with monkeypatch.context() as patch, pytest.raises(type(error)):
+            patch.setattr(place, name, mock.Mock(side_effect=error))
             metrics.main()
-    assert json.loads(capsys.readouterr().out) == {"fvd": 1} and not path.exists()
-    with monkeypatch.context() as closed:
-        closed.setattr("builtins.print", mock.Mock(side_effect=BrokenPipeError))
-        with pytest.raises(BrokenPipeError):
-            metrics.main()
-    assert json.loads(path.read_text()) == {"fvd": 1}
+        assert path.exists() == there
+        found = path.read_text() if there else capsys.readouterr().out
+        assert json.loads(found) == {"fvd": 1}
 
 
 def test_split_takes_the_real_videos_of_a_list(command, folder, tmp_path):
@@ -595,14 +594,14 @@ def test_split_takes_the_real_videos_of_a_list(command, folder, tmp_path):
 
 
 def test_captions_of_shapes_and_of_a_checkpoint(command, tiny_checkpoint):
-    status, result = command("--fake", "shapes", "--metrics", "captions", "--num", 20)
+    status, result = command("--fake", "shapes", "--metrics", "captions", "--num", 8)
     assert status == 0 and result["warnings"] == []
     assert set(result["captions"]) == {"seen", "held_out", "two_objects"}
     for values in result["captions"].values():
-        assert values["n"] == 20 and values["all"] >= 0.95
-    status, result = command("--fake", tiny_checkpoint, "--num", 21, "--steps", 1)
+        assert values["n"] == 8 and values["all"] >= 0.85  # at most one of them is wrong
+    status, result = command("--fake", tiny_checkpoint, "--num", 3, "--steps", 1)
     assert status == 0 and result["protocol"]["captions_fps"] == FPS
-    assert [values["n"] for values in result["captions"].values()] == [21] * 4  # and paraphrases
+    assert [values["n"] for values in result["captions"].values()] == [3] * 4  # and paraphrases
 
 
 BOTH = ("--real", "shapes", "--fake", "shapes", "--num", 2)

@@ -54,10 +54,10 @@ def test_sample_i_has_the_seed_plus_i(tiny_pipeline, float32, sampler, batch_siz
     prompts, rates = [PROMPT, PROMPT, "a star spins"], (8, 12, 8)
 
     def draw(prompts, seed, **options):
-        return tiny_pipeline.generate(prompts, seed, steps=3, sampler=sampler, **options)
+        return tiny_pipeline.generate(prompts, seed, steps=3, frames=4, sampler=sampler, **options)
 
     together = draw(prompts, 5, fps=rates, batch_size=batch_size)
-    assert together.dtype == np.uint8 and together.shape == (3, 16, 32, 32, 3)
+    assert together.dtype == np.uint8 and together.shape == (3, 4, 32, 32, 3)
     for i in range(3):
         assert distance(draw(prompts[i : i + 1], 5 + i, fps=rates[i])[0], together[i]) <= 1
     assert distance(draw([PROMPT], 6, fps=8)[0], together[1]) > 1
@@ -79,20 +79,18 @@ def test_any_number_of_frames(tiny_pipeline, frames):
 
 
 @pytest.mark.parametrize("guidance, evaluated", [(1, 2), (0, 4), (3, 4)])
-def test_without_guidance_the_null_caption_costs_nothing(tiny_pipeline, guidance, evaluated):
+def test_without_guidance_the_null_caption_costs_nothing(
+    tiny_pipeline, float32, guidance, evaluated
+):
+    """And with guidance 0 the words do not count."""
     sizes = []
     hook = tiny_pipeline.unet.register_forward_pre_hook(lambda _, args: sizes.append(len(args[0])))
     try:
-        tiny_pipeline.generate([PROMPT] * 2, steps=3, guidance=guidance)
+        videos = [tiny_pipeline.generate([prompt] * 2, steps=3, frames=4, guidance=guidance)
+                  for prompt in (PROMPT, "a star spins")]
     finally:
         hook.remove()
-    assert sizes == [evaluated] * 3
-
-
-def test_guidance_0_ignores_the_words(tiny_pipeline, float32):
-    first, second = (tiny_pipeline.generate([prompt], steps=2, guidance=0)
-                     for prompt in (PROMPT, "a star spins"))
-    assert distance(first, second) <= 1
+    assert sizes == [evaluated] * 6 and (distance(*videos) <= 1) == (guidance == 0)
 
 
 def test_a_checkpoint_rebuilds_the_pipeline(tiny_pipeline, tiny_checkpoint, float32):
@@ -117,7 +115,7 @@ def given_frames(*frames):
     return {frame: CLIP[0].video[frame] for frame in frames}
 
 
-@pytest.mark.parametrize("frames", [[0], [15], [0, 15], [0, 1, 2, 3], [3, 9]])
+@pytest.mark.parametrize("frames", [[0, 15], [0, 1, 2, 3], [9]])
 @pytest.mark.parametrize("conditioning", CONDITIONINGS)
 def test_given_frames_come_back_unchanged(tiny_pipeline, frames, conditioning):
     video = tiny_pipeline.generate(
@@ -131,7 +129,7 @@ def test_the_other_frames_depend_on_the_given_ones_and_on_the_conditioning(tiny_
     black, videos = {0: np.zeros((32, 32, 3), np.uint8)}, []
     for name in CONDITIONINGS:
         given, other, none = (
-            tiny_pipeline.generate([PROMPT], steps=4, pictures=pictures, conditioning=name)[:, 1:]
+            tiny_pipeline.generate([PROMPT], steps=2, pictures=pictures, conditioning=name)[:, 1:]
             for pictures in (given_frames(0), black, {})
         )
         assert distance(given, other) > 0 and distance(given, none) > 0
@@ -342,7 +340,7 @@ def test_any_prompt_gives_a_file_name(prompt):
 @pytest.mark.parametrize("arguments, path, frames, side, fps", [
     ("--upscale 1 --out new/folder", f"new/folder/{SLUG}-0.gif", 16, 32, None),
     ("--out x.gif --upscale 3 --frames 3 --fps 4", "x.gif", 3, 96, 4),
-    ("--out a/v.mp4 --frames 5 --fps 10", "a/v.mp4", 5, 128, 10),
+
     ("--format mp4 --frames 5 --fps 10", f"samples/{SLUG}-0.mp4", 5, 128, 10),
 ])
 def test_options_decide_what_is_written(command, arguments, path, frames, side, fps):
@@ -487,17 +485,17 @@ def test_defaults_and_captions_come_from_the_checkpoint(command, trained):
     assert pipeline.generate([CAPTIONS[0]], steps=1).shape[1] == 5
 
 
-@pytest.mark.parametrize("prompt, new", [
-    ("a red circle moves left while a red star spins", True),
-    ("a red circle moves left while a blue star spins", False),
-    ("a red circle moves left while a blue circle moves left", False),
-    ("two red circles", True), ("a red circle moves left, then up, then right", True),
-    ("a circle", True), ("red moves circle", True), ("the red circle goes right", False),
-])
-def test_a_sentence_of_a_new_form_is_known(prompt, new):
+def test_a_sentence_of_a_new_form_is_known():
     captions = dict.fromkeys(MovingShapes(1000).describe(i)[0] for i in range(1000))
     counts = Counter(gram for caption in captions for gram in sample.grams(caption))
-    assert any(sample.is_new(gram, counts) for gram in sample.grams(prompt)) == new
+    for prompt, new in {
+        "a red circle moves left while a red star spins": True,
+        "a red circle moves left while a blue star spins": False,
+        "a red circle moves left while a blue circle moves left": False,
+        "two red circles": True, "a red circle moves left, then up, then right": True,
+        "a circle": True, "red moves circle": True, "the red circle goes right": False,
+    }.items():
+        assert any(sample.is_new(gram, counts) for gram in sample.grams(prompt)) == new, prompt
 
 
 @pytest.mark.parametrize("prompt, options, words", [
@@ -614,14 +612,16 @@ def assert_refused(result, before, words=""):
     assert tree(".") == before
 
 
-@pytest.mark.parametrize("kind", [*FILES, *CHECKPOINTS])
-def test_bad_checkpoints_are_refused(command, tiny_checkpoint, kind):
-    if kind in FILES:
-        content, words = FILES[kind](tiny_checkpoint.read_bytes()), "not a readable checkpoint"
-    else:
-        change, words = CHECKPOINTS[kind]
-        content = changed(tiny_checkpoint, change)
-    Path("bad.pt").write_bytes(content)
+def test_bad_checkpoints_are_refused(command, tiny_checkpoint):
+    good = tiny_checkpoint.read_bytes()
+    for kind in (*FILES, *CHECKPOINTS):
+        change, words = CHECKPOINTS.get(kind, (None, "not a readable checkpoint"))
+        content = FILES[kind](good) if change is None else changed(tiny_checkpoint, change)
+        Path("bad.pt").write_bytes(content)
+        with pytest.raises(UserError) as error:
+            load_pipeline("bad.pt")
+        assert words in str(error.value) and "\n" not in str(error.value), (kind, error.value)
+        assert list(tree(".")) == [Path("bad.pt")]
     assert_refused(command("--out", "new", checkpoint="bad.pt"), tree("."), words)
 
 
@@ -750,19 +750,21 @@ def test_an_existing_file_survives_a_failure(command, monkeypatch, suffix):
 
 def test_without_stderr_and_with_nobody_at_stdout_all_videos_are_written(tmp_path, tiny_checkpoint):
     """A new process, whose standard error is closed and whose output nobody reads."""
-    options = ["--checkpoint", tiny_checkpoint, "--steps", 1, "--num", 3, "--format", "mp4"]
+    options = ["--checkpoint", tiny_checkpoint, "--steps", 1, "--num", 3, "--format", "mp4",
+               "--frames", 2]
     words = map(str, [sys.executable, sample.__file__, PROMPT, *options])
     script = f"{{ {shlex.join(words)} 2>&-; echo $? > status; }} | true"
     subprocess.run(["bash", "-c", script], cwd=tmp_path, check=True, timeout=600)
     assert Path(tmp_path, "status").read_text() == "0\n"
     videos = sorted(Path(tmp_path, "samples").iterdir())
     assert [path.name for path in videos] == [f"{SLUG}-{i}.mp4" for i in range(3)]
-    assert all(iio.imread(path, plugin="pyav").shape == (16, 128, 128, 3) for path in videos)
+    assert all(iio.imread(path, plugin="pyav").shape == (2, 128, 128, 3) for path in videos)
 
 
 # ------------------------------------------------------------------------------ the shipped model
 
 shipped = pytest.mark.skipif(not PRETRAINED.is_file(), reason=f"there is no {PRETRAINED.name} yet")
+STEPS = 10  # fewer than the command takes, and enough for what is asked here
 
 
 @shipped
@@ -772,14 +774,6 @@ def test_the_shipped_model_is_small():
     for part in ("text_encoder", "unet", "vae"):
         kinds = {v.dtype for v in checkpoint[part]["state"].values() if v.is_floating_point()}
         assert kinds == {torch.float16}, part
-
-
-@shipped
-def test_the_shipped_model_draws_what_it_is_told():
-    video = load_pipeline().generate([PROMPT], seed=0)[0]
-    assert video.shape == (16, 64, 64, 3)
-    seen = read_things(video, FPS)[0]
-    assert (seen.colour, seen.shape, seen.actions) == ("red", "circle", ("right", "up"))
 
 
 def circle(x, y):
@@ -796,30 +790,21 @@ def center(video):
 
 
 @shipped
-def test_from_one_picture_the_shipped_model_goes_where_it_is_told():
-    starts = {"left": (48, 32), "right": (16, 32), "up": (32, 48), "down": (32, 16)}
-    prompts = [f"a red circle moves {direction}" for direction in starts]
-    pictures = np.stack([circle(*start) for start in starts.values()])
-    videos = load_pipeline().generate(prompts, pictures={0: pictures})
-    assert np.array_equal(videos[:, 0], pictures)
-    assert [read_things(video, FPS)[0].actions for video in videos] == [(d,) for d in starts]
-
-
-@shipped
 def test_the_shipped_model_fills_in_between_two_pictures():
     end = 20 + SPEED * 15 / FPS
     ends = {0: circle(20, 30), 15: circle(end, 30)}
-    video = load_pipeline().generate(["a red circle moves right"], pictures=ends)[0]
+    video = load_pipeline().generate(["a red circle moves right"], steps=STEPS, pictures=ends)[0]
     on_the_way = np.stack([np.linspace(20, end, 16), np.full(16, 30)], 1)
     assert np.abs(center(video) - on_the_way).max() < 4
 
 
 @shipped
-def test_the_shipped_model_tells_stories_without_a_jump():
-    told = [("right", "up"), ("up", "left")]
+def test_from_one_picture_the_shipped_model_tells_stories_without_a_jump():
+    told = [("right", "up"), ("down", "left")]
     stories = [[f"a red circle moves {direction}" for direction in story] for story in told]
-    pictures = np.stack([circle(15, 50), circle(50, 50)])
-    videos = load_pipeline().generate(stories, pictures={0: pictures})
+    pictures = np.stack([circle(15, 50), circle(50, 15)])
+    videos = load_pipeline().generate(stories, steps=STEPS, pictures={0: pictures})
+    assert np.array_equal(videos[:, 0], pictures)
     for video, (first, second) in zip(videos, told):
         assert read_things(video[:16], FPS)[0].actions == (first,)
         assert read_things(video[15:], FPS)[0].actions == (second,)
@@ -828,26 +813,29 @@ def test_the_shipped_model_tells_stories_without_a_jump():
 
 
 @shipped
-@pytest.mark.parametrize("fps", [8, 12])
-def test_the_frame_rate_sets_the_speed(fps):
-    prompts = ["a red circle moves right", "a blue square moves down"]
-    videos = load_pipeline().generate(prompts, fps=fps)
-    for axis, video in enumerate(videos):
+def test_the_frame_rate_sets_the_speed():
+    prompts, rates = ["a red circle moves right", "a blue square moves down"], (8, 12)
+    videos = load_pipeline().generate(prompts, steps=STEPS, fps=rates)
+    for axis, (video, fps) in enumerate(zip(videos, rates)):
         per_frame = np.polyfit(np.arange(16), center(video)[:, axis], 1)[0]
         assert per_frame * fps == pytest.approx(SPEED, rel=0.2)
 
 
 @shipped
 def test_the_first_command_of_the_readme(tmp_path):
-    """As a person would type it: a new process, the shipped model, default settings."""
+    """As a person would type it: a new process, the shipped model, default settings; it draws what
+    it is told, and imports no compiler, which takes longer than all else before the first step."""
     done = subprocess.run(
-        [sys.executable, "sample.py", PROMPT, "--out", tmp_path],
+        [sys.executable, "-X", "importtime", "sample.py", PROMPT, "--out", tmp_path],
         cwd=PRETRAINED.parent.parent, capture_output=True, text=True, timeout=600,
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout == f"{tmp_path / SLUG}-0.gif\n"
-    with Image.open(done.stdout.strip()) as gif:
-        assert gif.n_frames == 16 and gif.size == (256, 256)
+    assert "torch.nn" in done.stderr and "torch._dynamo" not in done.stderr
+    video = iio.imread(done.stdout.strip())[:, 2::4, 2::4]
+    assert video.shape == (16, 64, 64, 3)
+    seen = read_things(video, FPS)[0]
+    assert (seen.colour, seen.shape, seen.actions) == ("red", "circle", ("right", "up"))
 
 
 def test_older_checkpoints_have_the_size_of_latents(tiny_checkpoint, tmp_path):

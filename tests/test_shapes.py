@@ -111,23 +111,21 @@ def test_varied_captions_keep_the_words_that_matter():
     assert counts.most_common(1)[0][0] == describe(scene) and counts[describe(scene)] > 200
 
 
-@pytest.mark.parametrize("part", [
-    "^the ", "^big", "^blue", "blue big circle", r"\.$", " and then ", " ball ",
-    "goes up, then left",
-])  # fmt: skip
-def test_captions_vary_as_those_of_people_do(part):
+def test_captions_vary_as_those_of_people_do():
     rng = np.random.default_rng(0)
     scene = [thing("blue", "circle", "big", ("up", "left"))]
-    pattern = part if part != "^blue" else "^blue big"
-    assert any(re.search(pattern, describe(scene, rng)) for _ in range(2000))
+    captions = {describe(scene, rng) for _ in range(2000)}
+    for part in ("^the ", "^big", "^blue big", "blue big circle", r"\.$", " and then ", " ball ",
+                 "goes up, then left"):
+        assert any(re.search(part, caption) for caption in captions), part
 
 
 def test_paraphrases_are_never_shown(monkeypatch):
     assert len(PARAPHRASES) == 100 == len(UNSEEN)
-    dataset = MovingShapes(2000)
-    assert not UNSEEN & {dataset.caption(i) for i in range(2000)}
-    words = set(re.findall(r"\w+", " ".join(dataset.caption(i) for i in range(2000))))
-    assert set(re.findall(r"\w+", " ".join(UNSEEN))) <= words  # but every word of theirs is
+    dataset = MovingShapes(1000)
+    captions = {dataset.caption(i) for i in range(1000)}
+    assert not UNSEEN & captions  # but every word of theirs is
+    assert set(re.findall(r"\w+", " ".join(UNSEEN))) <= set(re.findall(r"\w+", " ".join(captions)))
     caption = dataset.caption(0)
     monkeypatch.setattr("shapes.UNSEEN", {caption})
     assert dataset.caption(0) != caption and dataset.caption(0) == dataset.caption(0)
@@ -152,19 +150,13 @@ def test_what_paraphrases_ask_for_can_be_seen():
 
 
 def test_the_splits_never_share_a_combination():
-    seen = {
-        split: {
-            held_out(t.colour, t.shape, t.actions)
-            for i in range(600)
-            for t in MovingShapes(600, split, seed=1).describe(i)[2]
-        }
-        for split in ("train", "heldout")
-    }
-    assert seen == {"train": {False}, "heldout": {True}}
-    pairs = MovingShapes(200, seed=2, objects=2)
-    things = [t for i in range(200) for t in pairs.describe(i)[2]]
-    assert len(things) == 400
-    assert not any(held_out(t.colour, t.shape, t.actions) for t in things)
+    def kinds(dataset):
+        things = [t for i in range(len(dataset)) for t in dataset.describe(i)[2]]
+        return len(things), {held_out(t.colour, t.shape, t.actions) for t in things}
+
+    assert kinds(MovingShapes(300, "train", seed=1))[1] == {False}
+    assert kinds(MovingShapes(300, "heldout", seed=1)) == (300, {True})
+    assert kinds(MovingShapes(200, seed=2, objects=2)) == (400, {False})
 
 
 def test_a_tenth_of_the_combinations_is_held_out():
@@ -187,8 +179,8 @@ def test_a_tenth_of_the_combinations_is_held_out():
 
 @pytest.mark.parametrize("settings", [{}, {"fps": FPS_RANGE[0]}, {"objects": 2}])
 def test_objects_stay_in_the_frame_and_apart(settings):
-    dataset = MovingShapes(300, seed=4, **settings)
-    for i in range(300):
+    dataset = MovingShapes(150, seed=4, **settings)
+    for i in range(150):
         _, fps, scene = dataset.describe(i)
         paths = [t.path(16, fps) for t in scene]
         reaches = [path[2] * REACH[t.shape] for t, path in zip(scene, paths)]
@@ -248,7 +240,7 @@ def test_how_free_a_way_is():
 
 
 def test_nothing_is_drawn_at_the_border():
-    for sample in MovingShapes(100, seed=6):
+    for sample in MovingShapes(60, seed=6):
         video = sample.video.astype(int) - BACKGROUND
         border = np.concatenate([video[:, [0, -1]], video[:, :, [0, -1]].swapaxes(1, 2)])
         # Smoothing draws a star's tips out by a pixel: a shade of them may touch the last row.
@@ -300,8 +292,7 @@ def test_area_is_the_closed_form(shape, size):
 
 
 def test_objects_begin_upright():
-    dataset = MovingShapes(300, objects=1)
-    for sample in (dataset[i] for i in range(300)):
+    for sample in MovingShapes(120, objects=1):
         y, x = np.nonzero(coverage(sample.video[0], sample.scene[0].colour) > 0.5)
         if sample.scene[0].shape == "square":  # fills its bounding box; half of it on its corner
             assert len(y) > 0.7 * (np.ptp(y) + 1) * (np.ptp(x) + 1)
@@ -326,7 +317,7 @@ PAIR = [
 
 @pytest.fixture(scope="module")
 def samples():
-    return list(MovingShapes(200, seed=123))
+    return list(MovingShapes(100, seed=123))
 
 
 def accuracy(samples, change=lambda video: video):
@@ -336,46 +327,41 @@ def accuracy(samples, change=lambda video: video):
 
 def test_reads_what_was_rendered(samples):
     result = accuracy(samples)
-    assert result.pop("n") == 200
+    assert result.pop("n") == 100
     assert set(result) == {"colour", "shape", "motion", "order", "all"}
     assert min(result.values()) >= 0.99, result
 
 
-def test_reads_combinations_that_training_never_shows():
-    assert accuracy(list(MovingShapes(100, "heldout", seed=5)))["all"] >= 0.99
-
-
-def test_survives_blur_and_noise(samples):
+def test_reads_what_training_never_shows(samples):
+    """Other combinations, blur and noise, a pale picture."""
     rng = np.random.default_rng(0)
 
     def degrade(video):
         video = gaussian_filter(video.astype(float), (0, 0.7, 0.7, 0))
         return (video + rng.normal(0, 8, video.shape)).round().clip(0, 255).astype(np.uint8)
 
-    assert accuracy(samples[:100], degrade)["all"] >= 0.97
-
-
-def test_survives_a_pale_picture(samples):
     def pale(video):
         return (BACKGROUND + (video.astype(float) - BACKGROUND) * 0.8).round().astype(np.uint8)
 
-    assert accuracy(samples[:60], pale)["all"] >= 0.97
+    assert accuracy(list(MovingShapes(50, "heldout", seed=5)))["all"] >= 0.98
+    assert accuracy(samples[:40], degrade)["all"] >= 0.97
+    assert accuracy(samples[:40], pale)["all"] >= 0.97
 
 
-@pytest.mark.parametrize("colour", COLOURS)
 @pytest.mark.parametrize("shape", REACH)
-def test_reads_every_word(colour, shape):
-    for action in MOTIONS:
-        if action != "spins" or shape in POLYGONS:
-            dx, dy = DIRECTIONS.get(action, (0, 0))
-            thing = Thing(colour, shape, "", (action,), 32 - 15.0 * dx, 32 - 15.0 * dy, 0.2)
-            assert read_things(render([thing]), FPS) == [Reading(colour, shape, (action,))]
+def test_reads_every_word(shape):
+    actions = [action for action in MOTIONS if action != "spins" or shape in POLYGONS]
+    for i in range(max(len(actions), len(COLOURS))):
+        colour, action = list(COLOURS)[i % len(COLOURS)], actions[i % len(actions)]
+        dx, dy = DIRECTIONS.get(action, (0, 0))
+        thing = Thing(colour, shape, "", (action,), 32 - 15.0 * dx, 32 - 15.0 * dy, 0.2)
+        assert read_things(render([thing]), FPS) == [Reading(colour, shape, (action,))]
 
 
-@pytest.mark.parametrize("size", [24, 64, 128])
-def test_reads_any_resolution(size):
-    video = render([THING], size=size)
-    assert read_things(video, FPS) == [Reading("red", "star", ("right", "grows"))]
+def test_reads_any_resolution():
+    for size in (24, 64, 128):
+        video = render([THING], size=size)
+        assert read_things(video, FPS) == [Reading("red", "star", ("right", "grows"))]
 
 
 def test_speed_is_read_per_second():
@@ -394,7 +380,7 @@ def test_swapped_halves_swap_the_order_read():
 
 
 def test_wrong_videos_are_read_as_wrong(samples):
-    samples = samples[:60]
+    samples = samples[:30]
     recoloured = accuracy(samples, lambda video: np.roll(video, 1, axis=-1))
     assert recoloured["colour"] < 0.2 and recoloured["all"] < 0.2  # white stays white
     reversed_ = accuracy(samples, lambda video: video[::-1])
@@ -501,9 +487,9 @@ def test_a_new_colour_and_a_new_shape_are_three_lines(tmp_path):
         spec.loader.exec_module(module)
     finally:
         del sys.modules["more_shapes"]
-    clips = [clip for clip in module.MovingShapes(400, objects=1)
+    clips = [clip for clip in module.MovingShapes(120, objects=1)
              if {"orange", "hexagon"} & set(clip.caption.split())]
-    assert len(clips) > 60
+    assert len(clips) > 15
     read = module.caption_accuracy([c.scene for c in clips], [c.video for c in clips],
                                    [c.fps for c in clips])
-    assert read["all"] >= 0.98
+    assert read["all"] >= 0.96

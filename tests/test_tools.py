@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import random
 import signal
 import subprocess
 import sys
@@ -18,17 +17,6 @@ from tools import UserError, atomic_path, out_of_memory, printable, read_config,
 
 ROOT = Path(tools.__file__).parent
 COMMAND = [sys.executable, ROOT / "sample.py", "a red circle spins"]
-
-
-@pytest.fixture(autouse=True)
-def handlers():
-    """`run_command` leaves its handlers in place, as the process ends with it."""
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    before = [signal.getsignal(number) for number in numbers]
-    yield
-    for number, handler in zip(numbers, before):
-        signal.signal(number, handler)
-    tools.interrupts.clear()
 
 
 def run(command):
@@ -129,7 +117,7 @@ def test_what_an_encoding_lacks_is_escaped(monkeypatch, tmp_path):
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="looks into /proc")
 def test_ctrl_c_during_the_imports_is_one_line():
-    for pause in random.Random(0).choices((0.1, 0.2, 0.4, 0.8), k=3):
+    for pause in (0.1, 0.6):
         process = subprocess.Popen(
             COMMAND, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         while not importing(process.pid):
@@ -158,14 +146,11 @@ class Config:
     flags: tuple = (True, False)
 
 
-@pytest.mark.parametrize("values", [
-    {}, {"width": 3, "begin": 0, "rate": 2, "gamma": 5.0, "name": "b"}, {"gamma": None},
-    {"sides": [4], "flags": (False,)},
-])
-def test_configs_are_read(values):
-    config = read_config(Config, values)
-    expected = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
-    assert vars(config) == vars(Config()) | expected
+def test_configs_are_read():
+    for values in ({}, {"width": 3, "begin": 0, "rate": 2, "gamma": 5.0, "name": "b"},
+                   {"gamma": None}, {"sides": [4], "flags": (False,)}):
+        expected = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+        assert vars(read_config(Config, values)) == vars(Config()) | expected
 
 
 @pytest.mark.parametrize("name, value", [
@@ -183,10 +168,10 @@ def test_a_field_that_cannot_be_is_named(name, value):
 # ------------------------------------------------------------------------------ device
 
 
-@pytest.mark.parametrize("name, kind", [("cuda", "CUDA"), ("mps", "Apple")])
-def test_a_device_that_is_not_there_is_refused(name, kind):
-    with pytest.raises(tools.UserError, match=f"--device {name}: PyTorch sees no {kind} GPU here"):
-        tools.pick_device(name)
+def test_a_device_that_is_not_there_is_refused():
+    for name, kind in {"cuda": "CUDA", "mps": "Apple"}.items():
+        with pytest.raises(UserError, match=f"--device {name}: PyTorch sees no {kind} GPU here"):
+            tools.pick_device(name)
 
 
 @pytest.mark.parametrize("name", tools.DEVICES)
@@ -207,10 +192,3 @@ def test_every_device_can_be_asked_for(monkeypatch, request, name, precision, wa
     if device.type != "cuda":  # without CUDA there is no autocast for it
         with tools.autocast(device, precision):
             assert wanted in (None, torch.is_autocast_enabled(device.type))
-
-
-def test_reading_a_checkpoint_imports_no_compiler():
-    # Weights drawn on the device "meta" do, which takes longer than all else before the first step.
-    code = ("import sys, sample; sample.load_pipeline('pretrained/shapes.pt');"
-            "sys.exit('torch._dynamo' in sys.modules)")
-    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0

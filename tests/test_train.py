@@ -81,14 +81,19 @@ def patched(*triples):
         yield patch
 
 
-def run_train(preset, *arguments):
+check_preset = functools.cache(train.check_preset)  # of the same presets over and over
+
+
+def run_train(preset, *arguments, pictures=False):
     """`python train.py ARGUMENTS` where the shapes preset is `preset`. Returns its stdout."""
     small = functools.partial(vae.PatchDiscriminator, width=8, layers=1)
-    draw = functools.partialmethod(sample.Pipeline.generate, steps=1)
+    generate = functools.partialmethod(sample.Pipeline.generate, steps=1)
     stdout = io.StringIO()
     with patched(
         (sys, "argv", ["train.py", *map(str, arguments)]), (vae, "PatchDiscriminator", small),
-        (sample.Pipeline, "generate", draw), (train, "HELD_OUT", 16),
+        (sample.Pipeline, "generate", generate), (train, "HELD_OUT", 8),
+        (train, "check_preset", check_preset),
+        (train, "draw_samples", train.draw_samples if pictures else lambda *_: None),
     ) as patch, contextlib.redirect_stdout(stdout):
         patch.setitem(train.PRESETS, "shapes", lambda: preset)
         train.main()
@@ -123,7 +128,7 @@ def finished(preset, tmp_path_factory):
     Not to be changed: copy it first."""
     out = tmp_path_factory.mktemp("runs") / "finished"
     for stage in ("vae", "diffusion"):
-        printed = run_train(preset, stage, "--out", out)
+        printed = run_train(preset, stage, "--out", out, pictures=True)
         (out.parent / f"{stage}.txt").write_text(printed)
         shutil.copy(out / "last.pt", out.parent / f"{stage}.pt")
     return out
@@ -231,12 +236,8 @@ def test_resume_is_exact(preset, finished, tmp_path, stage):
     assert set(ours["models"]) == kept and set(ours["optimizers"]) == used
     assert all(ours["optimizers"].values())
     assert differences(ours, theirs) == []
-
-
-def test_a_finished_run_resumes_without_a_step(preset, copied):
-    before = load(copied / "last.pt")
-    assert count_steps(preset, "diffusion", "--out", copied, "--resume") == 0
-    assert differences(load(copied / "last.pt"), before) == []
+    assert count_steps(preset, *arguments, "--resume") == 0  # a finished run
+    assert differences(load(tmp_path / "last.pt"), theirs) == []
 
 
 # ------------------------------------------------------------------------------ killed processes
@@ -277,7 +278,7 @@ def train_in_process(preset, arguments, messages, kill_at, interrupt_at, environ
             os.kill(os.getpid(), signal.SIGINT)
 
     torch.save, os.replace, Run.log = save_half, replace_or_die, log_or_interrupt
-    run_command(lambda: run_train(preset, *arguments))
+    run_command(lambda: run_train(preset, *arguments, pictures=True))
 
 
 def start_training(
@@ -338,7 +339,7 @@ def unharmed(finished, tmp_path_factory):
 
 
 @posix
-@pytest.mark.parametrize("stage, kills", [("vae", (2, 5)), ("diffusion", (1, 2, 7, 6, 4))])
+@pytest.mark.parametrize("stage, kills", [("vae", (5,)), ("diffusion", (2, 7, 8))])
 def test_killed_at_many_moments_and_resumed(unharmed, finished, tmp_path, stage, kills):
     """Halfway through a write (an odd number) or right after it, where a dead process has also left
     a half of a log line and of a clip."""
@@ -386,12 +387,12 @@ def test_ctrl_c_saves_and_says_how_to_go_on(preset, finished, tmp_path, capsys):
 def test_a_run_without_a_checkpoint_begins_again(preset, finished, tmp_path, capsys):
     """With --resume as well as without it, and says so."""
     shutil.copy(finished / "vae.pt", tmp_path)
-    for resume in ([], ["--resume"], []):
-        interrupt(preset, ("diffusion", "--out", tmp_path, *resume), at=2)
+    for resume in ([], ["--resume"]):
+        interrupt(preset, ("diffusion", "--out", tmp_path, *resume), at=1)
         assert ("it begins at step 1" in capsys.readouterr().err) == bool(resume)
     assert not (tmp_path / "last.pt").exists()
     with patched((train, "SAVE_SECONDS", -1)):  # a checkpoint after a time, without pictures
-        interrupt(preset, ("diffusion", "--out", tmp_path, "--resume"), at=2)
+        interrupt(preset, ("diffusion", "--out", tmp_path), at=2)
     assert load(tmp_path / "last.pt")["step"] == 1 and not list((tmp_path / "samples").iterdir())
     assert count_steps(preset, "diffusion", "--out", tmp_path, "--resume") == 3
 
@@ -411,29 +412,7 @@ def test_what_happens_at_a_step_stays_where_it_was(finished, tmp_path):
     assert ["gan" in line for line in lines] == [False, True, True, True]
 
 
-def test_resume_after_the_data_has_moved(preset, folder, finished, tmp_path):
-    """What counts is the files and their contents; captions may be corrected, and the tokens stay
-    the same."""
-    out, moved = tmp_path / "out", tmp_path / "moved"
-    out.mkdir()
-    shutil.copy(finished / "vae.pt", out)
-    run_train(preset, "diffusion", "--data", folder, "--out", out, "--steps", 1)
-    before = load(out / "model.pt")["tokenizer"]
-    shutil.copytree(folder, moved)
-    text = (moved / "captions.csv").read_text().replace("it's number", "that is")
-    (moved / "captions.csv").write_text(text)
-    again = ("diffusion", "--data", moved, "--out", out, "--resume", "--steps", 2)
-    with encoder_calls() as calls:
-        run_train(preset, *again)
-    after = load(out / "model.pt")["tokenizer"]
-    assert not calls and load(out / "last.pt")["step"] == 2
-    assert after["merges"] == before["merges"] and set(after["words"]) > set(before["words"])
-    shutil.copy(moved / "9.mp4", moved / "8.mp4")
-    with pytest.raises(UserError, match="was started with data of digest"):
-        run_train(preset, *again)
-
-
-def test_files_of_others_are_left_alone(preset, copied):
+def test_a_run_has_its_folder_for_itself(preset, copied):
     """What a killed run left behind goes; all else that is hidden stays, at any depth."""
     others = (".notes", ".2024-notes.txt", ".7-backup/x", "samples/.12-mine.gif",
               "deeper/.99-last.pt", "samples/other/.9-step_000002.gif")
@@ -441,32 +420,16 @@ def test_files_of_others_are_left_alone(preset, copied):
     for name in others + remains:
         (copied / name).parent.mkdir(exist_ok=True)
         (copied / name).write_text("here")
-    run_train(preset, "diffusion", "--out", copied, "--resume")
+    command = ("diffusion", "--out", copied, "--resume")
+    with tools.locked(copied), pytest.raises(UserError, match="another run writes into"):
+        run_train(preset, *command)
+    assert all((copied / name).is_file() for name in others + remains)
+    run_train(preset, *command)
     assert all((copied / name).is_file() for name in others)
     assert not any((copied / name).exists() for name in remains)
 
 
-def test_one_run_at_a_time(preset, copied):
-    command = ("diffusion", "--out", copied, "--resume", "--steps", 5)
-    with tools.locked(copied), pytest.raises(UserError, match="another run writes into"):
-        run_train(preset, *command)
-    assert count_steps(preset, *command) == 1
-
-
-def test_a_clock_that_stands_still_or_goes_back(preset, copied):
-    for clock in (lambda: 7.0, itertools.count(0, -1).__next__):
-        with patched((time, "monotonic", clock)):
-            run_train(preset, "vae", "--out", copied.with_name("new"), "--steps", 1)
-        shutil.rmtree(copied.with_name("new"))
-
-
 # ------------------------------------------------------------------------------ damaged files
-
-
-def change(path, edit):
-    state = load(path)
-    edit(state)
-    torch.save(state, path)
 
 
 def first(state, kind):
@@ -487,8 +450,7 @@ def other_tensor(kind, make):
 
 
 DAMAGES = {
-    "another type": lambda state: state.update(step="4"),
-    "a tensor": lambda state: state.update(step=torch.zeros(2)),
+    "another type": lambda state: state.update(step=torch.zeros(2)),
     "negative": lambda state: state.update(step=-1),
     "too large": lambda state: state.update(easy_start=10**400),
     "logged later": lambda state: state.update(logged=9),
@@ -521,15 +483,16 @@ DAMAGES = {
 }
 
 
-@pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_checkpoint_is_named_in_one_line(preset, copied, run_script, monkeypatch, damage):
-    change(copied / "last.pt", DAMAGES[damage])
-    monkeypatch.setitem(train.PRESETS, "shapes", lambda: preset)
-    status, _, err = run_script(
-        train, "diffusion", "--out", copied, "--resume", "--steps", 5, "--device", "cpu"
-    )
-    name = "for a text encoder that knows" if damage == "unknown tokens" else copied / "last.pt"
-    assert status == 2 and err.count("\n") == 1 and str(name) in err, err
+def test_a_damaged_checkpoint_is_named_in_one_line(preset, copied):
+    good, path = (copied / "last.pt").read_bytes(), copied / "last.pt"
+    for damage, edit in DAMAGES.items():
+        state = torch.load(io.BytesIO(good), weights_only=True)
+        edit(state)
+        torch.save(state, path)
+        with pytest.raises(UserError) as error:
+            run_train(preset, "diffusion", "--out", copied, "--resume", "--steps", 5)
+        name = "for a text encoder that knows" if damage == "unknown tokens" else str(path)
+        assert name in str(error.value) and "\n" not in str(error.value), damage
 
 
 def test_other_damaged_files_cost_what_is_damaged(preset, copied, capsys):
@@ -538,7 +501,7 @@ def test_other_damaged_files_cost_what_is_damaged(preset, copied, capsys):
     damaged = ["{", "[1]", "7", "null", '{"stage": "vae"}', '{"stage": [], "step": 1}', "[" * 10**5,
                '{"stage": "vae", "step": "1"}', '{"stage": "vae", "step": 1, "loss": {}}', "\xff"]
     text = "\n".join(damaged[:5] + whole + damaged[5:]).encode("latin-1")
-    for contents in ("{", "[]", '{"key": 1}', "nul", "\0" * 99, "[" * 10**5, None):
+    for contents in ("{", "[]", '{"key": 1}', "[" * 10**5, None):
         (copied / "log.jsonl").write_bytes(text)
         (copied / "config.json").write_text(contents or "")
         state = json.loads((copied / "latents.json").read_text())
@@ -568,8 +531,6 @@ REFUSED = {  # arguments after --out OUT, where lies a finished run: what the on
     "diffusion --out ELSEWHERE/new": "train it first with",
     "diffusion --out ELSEWHERE/new --init OUT/log.jsonl": "is not a readable checkpoint",
     "vae --out ELSEWHERE/new --steps 0": "0",
-    "vae --out ELSEWHERE/new --stride 2": "--stride 2 is for --data FOLDER",
-    "vae --out ELSEWHERE/new --split train01": "--split train01 is for --data FOLDER",
     "vae --out ELSEWHERE/new --clip-seconds 1.5": "--clip-seconds 1.5 is for --data FOLDER",
     "vae --out ELSEWHERE/new --flip": "--flip is for --data FOLDER",
     "vae --out ELSEWHERE/new --vae OUT/vae.pt": "--vae is for python train.py diffusion",
@@ -587,15 +548,18 @@ REFUSED = {  # arguments after --out OUT, where lies a finished run: what the on
     "vae --out ELSEWHERE/new --size 36": "36x36 pixels must be multiples of 16",
     "vae --out ELSEWHERE/new --size 96x64": "--data shapes has square frames",
     "vae --out ELSEWHERE/new --size 96x64x32": "is not 64 or 96x64",
-    "vae --out ELSEWHERE/new --size x64": "is not 64 or 96x64",
+
     "vae --out ELSEWHERE/new --frames 1": "1",
     "vae --out ELSEWHERE/new --set nonsense": "a PART of vae, vae_loss, text, unet, diffusion, tra",
     "vae --out ELSEWHERE/new --set unet=3": "'' is none of channels, widths, blocks",
     "vae --out ELSEWHERE/new --set unet.width=3": "'width' is none of channels, widths, blocks",
     "vae --out ELSEWHERE/new --set vae.factor=4": "'factor' is none of latent_channels, patch",
     "vae --out ELSEWHERE/new --set unet.widths=a,b": "widths cannot be ('a,b',)",
-    "vae --out ELSEWHERE/new --set unet.widths=": "widths cannot be ('',)",
-    "vae --out ELSEWHERE/new --set training.lr=1+1j": "lr cannot be (1+1j)",
+    "vae --out ELSEWHERE/new --set unet.widths=0,32": "widths",
+    "vae --out ELSEWHERE/new --set unet.blocks=1": "do not fit together",
+    "vae --out ELSEWHERE/new --set text.heads=5": "do not fit together",
+    "vae --out ELSEWHERE/new --set vae.groups=7": "do not fit together",
+
     "vae --out ELSEWHERE/new --set training.lr=1e999": "lr cannot be inf",
     "vae --out ELSEWHERE/new --set training.ema=2": "ema must be from 0 to 1",
     "vae --out ELSEWHERE/new --set training.log_every=0": "log_every cannot be 0",
@@ -621,9 +585,8 @@ REFUSED = {  # arguments after --out OUT, where lies a finished run: what the on
 }
 
 
-@pytest.mark.parametrize("line", REFUSED)
 def test_what_is_refused_is_one_line_and_changes_nothing(
-    preset, finished, tmp_path, run_script, monkeypatch, line
+    preset, finished, tmp_path, run_script, monkeypatch
 ):
     def snapshot():
         return {p: p.read_bytes() if p.is_file() else None
@@ -640,38 +603,22 @@ def test_what_is_refused_is_one_line_and_changes_nothing(
     torch.save(other, tmp_path / "vae.pt")
     for name in ("shapes", "ucf101"):
         monkeypatch.setitem(train.PRESETS, name, lambda: preset)
-    before, stage, *arguments = snapshot(), *line.split()
-    arguments = [x.replace("OUT", str(finished)).replace("ELSEWHERE", str(tmp_path))
-                 for x in arguments]
-    arguments += [] if "--out" in line else ["--out", finished]
-    status, out, err = run_script(train, stage, *arguments)
-    lines = [x for x in err.splitlines() if not x.startswith(f"{tmp_path / 'videos'}:")]
-    assert status == 2 and not out and len(lines) == 1, err
-    assert lines[0].startswith("error: ") and REFUSED[line] in lines[0]
-    assert snapshot() == before
+    monkeypatch.setattr(train, "check_preset", check_preset)
+    before = snapshot()
+    for line, words in REFUSED.items():
+        stage, *arguments = line.split()
+        arguments = [x.replace("OUT", str(finished)).replace("ELSEWHERE", str(tmp_path))
+                     for x in arguments]
+        arguments += [] if "--out" in line else ["--out", finished]
+        status, out, err = run_script(train, stage, *arguments)
+        lines = [x for x in err.splitlines() if not x.startswith(f"{tmp_path / 'videos'}:")]
+        assert status == 2 and not out and len(lines) == 1, (line, err)
+        assert lines[0].startswith("error: ") and words in lines[0], (line, err)
+        assert snapshot() == before, line
 
 
 def eps(preset):
     return replace(preset, diffusion=DiffusionConfig(prediction="eps", zero_terminal_snr=False))
-
-
-CONTRADICTIONS = {
-    "no multiple": lambda p: replace(p, size=33),
-    "heads": lambda p: replace(p, text=replace(p.text, heads=5)),
-    "tokens": lambda p: replace(p, text=replace(p.text, vocab_size=200)),
-    "groups": lambda p: replace(p, vae=replace(p.vae, groups=7)),
-    "no width": lambda p: replace(p, unet=replace(p.unet, widths=(0, 32))),
-    "too few blocks": lambda p: replace(p, unet=replace(p.unet, blocks=(1,))),
-    "eps at no signal": lambda p: replace(p, diffusion=DiffusionConfig(prediction="eps")),
-}
-
-
-def test_a_preset_that_contradicts_itself_is_one_line(preset, run_script, monkeypatch, tmp_path):
-    for name, make in CONTRADICTIONS.items():
-        monkeypatch.setitem(train.PRESETS, "shapes", lambda: make(preset))
-        status, _, err = run_script(train, "vae", "--out", tmp_path / "new")
-        assert status == 2 and err.startswith("error: ") and err.count("\n") == 1, (name, err)
-    assert not (tmp_path / "new").exists()
 
 
 def test_weights_that_do_not_fit_are_refused_or_named(preset, finished, copied, tmp_path, capsys):
@@ -697,7 +644,7 @@ def test_weights_that_do_not_fit_are_refused_or_named(preset, finished, copied, 
 # ------------------------------------------------------------------------------ several processes
 
 
-def train_together(preset, *arguments, interrupt_first=None, interrupt_second=None):
+def train_together(preset, *arguments, interrupt_second=None):
     """What `torchrun --nproc_per_node=2 train.py ARGUMENTS` starts. Returns both exit codes."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -707,7 +654,7 @@ def train_together(preset, *arguments, interrupt_first=None, interrupt_second=No
         start_training(preset, *arguments, interrupt_at=at, environment=common | {
             "RANK": str(rank), "LOCAL_RANK": str(rank)
         })
-        for rank, at in enumerate((interrupt_first, interrupt_second))
+        for rank, at in enumerate((None, interrupt_second))
     ]
     for worker in workers:
         worker.join(120)
@@ -715,18 +662,19 @@ def train_together(preset, *arguments, interrupt_first=None, interrupt_second=No
     return [worker.exitcode for worker in workers]
 
 
-@posix
-@pytest.mark.parametrize("parts", [1, 2])
-def test_two_processes_train_like_one(finished, tmp_path, parts):
-    """On batches of 5, which neither 2 processes nor 4 parts divide evenly."""
+def test_two_processes_train_like_one(finished, tmp_path):
+    """On batches of 5, which neither 2 processes nor 4 parts divide evenly; and when Ctrl-C in one
+    of them has stopped both in the same step."""
     preset = tiny_preset(replace(TRAINING, batch_size=5), optimizer="adamw")
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
         shutil.copy(finished / "vae.pt", tmp_path / name)
     command = ("diffusion", "--precision", "fp32", "--out")
     run_train(preset, *command, tmp_path / "one")
-    more = ("--grad-accum", parts)
-    assert train_together(preset, *command, tmp_path / "two", *more) == [0, 0]
+    more = (*command, tmp_path / "two", "--grad-accum", 2)
+    assert train_together(preset, *more, interrupt_second=2) == [130, 130]
+    assert load(tmp_path / "two" / "last.pt")["step"] == 3
+    assert train_together(preset, *more, "--resume") == [0, 0]
     one, two = log(tmp_path / "one"), log(tmp_path / "two")
     assert len(one) == len(two) == 4
     for a, b in zip(one, two):
@@ -734,16 +682,6 @@ def test_two_processes_train_like_one(finished, tmp_path, parts):
                      for k, v in a.items()}
     ours, theirs = (load(tmp_path / name / "last.pt")["models"]["ema"] for name in ("one", "two"))
     assert all(torch.allclose(ours[k], theirs[k], atol=1e-4) for k in ours)
-
-
-@posix
-def test_ctrl_c_in_any_process_stops_all_in_the_same_step(finished, tmp_path):
-    shutil.copy(finished / "vae.pt", tmp_path)
-    command = ("diffusion", "--out", tmp_path)
-    assert train_together(NINE_STEPS, *command, interrupt_second=4) == [130, 130]
-    assert load(tmp_path / "last.pt")["step"] == 5
-    assert train_together(NINE_STEPS, *command, "--resume") == [0, 0]
-    assert [line["step"] for line in log(tmp_path)] == [4, 8, 9]
 
 
 # ------------------------------------------------------------------------------ options
@@ -798,8 +736,8 @@ def copy_trainable(model):
 def test_grad_accum_gives_the_same_training(tmp_path):
     preset = tiny_preset(optimizer="adamw", gan_weight=0)
     for name, count in (("one", 1), ("three", 3)):
-        command = ("vae", "--out", tmp_path / name, "--precision", "fp32", "--grad-accum", count)
-        run_train(preset, *command)
+        run_train(preset, "vae", "--out", tmp_path / name, "--precision", "fp32", "--steps", 2,
+                  "--grad-accum", count)
     for a, b in zip(log(tmp_path / "one"), log(tmp_path / "three"), strict=True):
         assert b["loss"] == pytest.approx(a["loss"], rel=1e-4)
         assert b["grad"] == pytest.approx(a["grad"], rel=1e-3)
@@ -821,17 +759,11 @@ def test_precision_is_that_of_every_product(preset, tmp_path, precision):
     other = "bf16" if precision == "fp32" else "fp32"
     with patched((nn.Conv2d, "forward", product), (tools, "product_dtype", dtype)):
         for stage in ("vae", "diffusion"):
-            run_train(preset, stage, "--out", tmp_path, "--steps", 1, "--precision", precision)
+            run_train(preset, stage, "--out", tmp_path, "--steps", 1, "--precision", precision,
+                      pictures=True)
             state = load(tmp_path / "last.pt")["models"]
             assert {v.dtype for m in state.values() for v in m.values()} == {torch.float32}
     assert kinds == {dtype(CPU, precision)}
-
-
-def test_ema_0_keeps_the_last_weights(preset, finished, tmp_path):
-    shutil.copy(finished / "vae.pt", tmp_path)
-    run_train(preset, "diffusion", "--out", tmp_path, "--set", "training.ema=0")
-    state = load(tmp_path / "last.pt")["models"]
-    assert differences(state["ema"], state["model"]) == []
 
 
 @pytest.mark.gpu
@@ -879,55 +811,38 @@ def test_single_pictures_are_their_share_and_given_nothing():
         assert torch.equal(without[name], value)
 
 
-def test_image_fraction_closes_temporal_attention_for_its_clips(preset, finished, tmp_path):
+def test_settings_of_the_training_reach_the_network(preset, finished, tmp_path):
+    """At first clips are every fourth and every second frame, at a quarter and half of the frame
+    rate; the clips of image_fraction are closed to temporal attention; with an average of decay 0
+    the last weights are kept."""
     shutil.copy(finished / "vae.pt", tmp_path)
-    seen, forward = [], UNet3D.forward
-
-    def watch(self, *arguments):
-        if torch.is_grad_enabled():
-            seen.append(arguments[-1])
-        return forward(self, *arguments)
-
-    with patched((UNet3D, "forward", watch)):
-        run_train(preset, "diffusion", "--out", tmp_path, "--set", "training.image_fraction=0.5")
-    config = replace(TRAINING, image_fraction=0.5)
-    expected = [draw(step, config, TRAINING.videos, 16)["images"] for step in range(4)]
-    assert any(e.any() and not e.all() for e in expected)
-    for images, e in zip(seen, expected, strict=True):
-        assert torch.equal(images, e)
-
-
-def test_at_first_clips_have_fewer_frames(preset, finished, tmp_path):
-    """They are every fourth and every second frame, at a quarter and half of the frame rate."""
-    shutil.copy(finished / "vae.pt", tmp_path)
-    training = replace(preset.diffusion_training, strides=((0.25, 4), (0.75, 2)))
+    training = replace(preset.diffusion_training, strides=((0.25, 4), (0.75, 2)),
+                       image_fraction=0.5)
     assert [train.frame_stride(step, training) for step in range(4)] == [4, 2, 2, 1]
     assert train.frame_stride(0, preset.diffusion_training) == 1
     seen, forward = [], UNet3D.forward
 
     def watch(self, *arguments):
         if torch.is_grad_enabled() and len(arguments) > 5:  # a training step
-            seen.append(arguments[4:6])  # frame rates, clean clips
+            seen.append(arguments[4:])  # frame rates, clean clips, their masks, who is a picture
         return forward(self, *arguments)
 
     with patched((UNet3D, "forward", watch)):
-        run_train(replace(preset, diffusion_training=training), "diffusion", "--out", tmp_path)
+        run_train(replace(preset, diffusion_training=training), "diffusion", "--out", tmp_path,
+                  "--set", "training.ema=0")
     latents = np.fromfile(tmp_path / "latents.bin", np.float16).reshape(-1, 4, 16, 4, 4)
     rates = json.loads((tmp_path / "latents.json").read_text())["fps"]
-    for stride, (fps, clips) in zip((4, 2, 2, 1), seen, strict=True):
+    assert any(images.any() and not images.all() for *_, images in seen)
+    for step, (fps, clips, _, images) in enumerate(seen):
+        stride = (4, 2, 2, 1)[step]
+        expected = draw(step, training, TRAINING.videos, 16)["images"]
+        assert torch.equal(images, expected)
         for rate, clip in zip(fps, clips):
             matches = [np.array_equal(one[:, ::stride], clip.numpy()) for one in latents]
             assert sum(matches) == 1
             assert rate == pytest.approx(rates[matches.index(True)] / stride)
-
-
-# ------------------------------------------------------------------------------ logs
-
-
-def test_the_vae_log_has_the_held_out_psnr(finished):
-    lines = [json.loads(line) for line in (finished / "log.jsonl").open()]
-    measured = [(x["stage"], x["step"]) for x in lines if "held_out_psnr" in x]
-    assert measured == [("vae", 2), ("vae", 4)]
+    state = load(tmp_path / "last.pt")["models"]
+    assert len(seen) == 4 and differences(state["ema"], state["model"]) == []
 
 
 # ------------------------------------------------------------------------------ what a run leaves
@@ -945,9 +860,6 @@ def test_the_run_folder_holds_what_the_documentation_says(finished):
     assert config["arguments"]["stage"] == "diffusion" and config["arguments"]["seed"] == 0
     assert config["preset"]["unet"]["widths"] == [32, 32]
     assert config["preset"]["diffusion_training"]["optimizer"] == "muon"
-
-
-def test_every_checkpoint_is_tensors_and_plain_values(finished):
     for path in finished.glob("*.pt"):
         load(path)  # weights_only: raises for anything else
     assert set(load(finished / "model.pt")) == {
@@ -964,16 +876,23 @@ def test_the_log_has_every_step_of_both_stages(finished):
     assert set(lines[0]) == common | {"l1", "mse", "kl", "psnr", "gan", "discriminator"}
     assert set(lines[-1]) == common | {f"loss_{i}" for i in (1, 2, 3, 4)}
     assert [x["lr"] for x in lines[:4]] == [learning_rate(step, TRAINING) for step in range(4)]
+    lines = [json.loads(line) for line in (finished / "log.jsonl").open()]
+    measured = [(x["stage"], x["step"]) for x in lines if "held_out_psnr" in x]
+    assert measured == [("vae", 2), ("vae", 4)]
 
 
-def test_the_log_holds_means_over_the_steps_since_the_last_line(preset, tmp_path):
+@pytest.mark.parametrize("clock", [
+    time.monotonic, lambda: 7.0, itertools.count(0, -1).__next__
+], ids=["runs", "stands", "goes back"])
+def test_the_log_holds_means_over_the_steps_since_the_last_line(tmp_path, clock):
     run = Run(
         train.parse_args(["vae", "--out", str(tmp_path)]),
         tiny_preset(replace(TRAINING, steps=5, log_every=3)), None, {},
     )
     run.begin({}, {})
-    for step in run.steps():
-        run.log(step, {"loss": 10.0**step})
+    with patched((time, "monotonic", clock)):
+        for step in run.steps():
+            run.log(step, {"loss": 10.0**step})
     assert [(x["step"], x["loss"]) for x in log(tmp_path)] == [(3, 37.0), (5, 5500.0)]
 
 
@@ -998,15 +917,8 @@ def test_model_pt_holds_the_averaged_weights(finished):
             assert torch.equal(value, last["ema"][f"{part}.{name}"].half().float()), name
 
 
-def test_latents_of_the_training_set_have_unit_variance(finished):
-    latents = cached(finished, MovingShapes(TRAINING.videos, size=32))[2]
-    assert latents.shape == (TRAINING.videos, 4, 16, 4, 4) and latents.dtype == torch.float16
-    channels = latents.double().movedim(1, 0).flatten(1)
-    assert channels.mean(1).abs().max() < 1e-3 and (channels.std(1) - 1).abs().max() < 1e-3
-
-
 @pytest.mark.parametrize("stage, start", [
-    ("vae", "vae.pt"), ("vae", "model.pt"), ("diffusion", "vae.pt"), ("diffusion", "model.pt")
+    ("vae", "model.pt"), ("diffusion", "vae.pt"), ("diffusion", "model.pt")
 ])
 def test_init_starts_from_trained_weights(preset, finished, tmp_path, stage, start):
     """With a learning rate of 0 the weights at the end are those at the start."""
@@ -1086,39 +998,34 @@ def test_latents_are_encoded_once_for_each_autoencoder(preset, tmp_path):
 
 
 def test_interrupted_encoding_goes_on_where_it_stopped(preset, tmp_path):
-    model, dataset = AutoencoderKL(preset.vae), MovingShapes(230, size=16, frames=2)
+    model, dataset = AutoencoderKL(preset.vae), MovingShapes(130, size=16, frames=2)
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     whole.mkdir(), parts.mkdir()
     clips, fps, latents = train.encode_dataset(model, dataset, CPU, whole)
-    with encoder_calls(stop_at=215) as calls, pytest.raises(KeyboardInterrupt):
+    with encoder_calls(stop_at=115) as calls, pytest.raises(KeyboardInterrupt):
         train.encode_dataset(model, dataset, CPU, parts)
     with (parts / "latents.bin").open("ab") as file:
         file.write(b"half a clip")
     with encoder_calls() as calls:
         again = train.encode_dataset(model, dataset, CPU, parts)
-    assert len(calls) == 30  # 200 were on the disk
+    assert len(calls) == 30  # 100 were on the disk
     assert differences(again, (clips, fps, latents)) == []
-    assert latents.shape == (230, 4, 2, 2, 2) and len(latents.unique()) > 1000
+    assert latents.shape == (130, 4, 2, 2, 2) and len(latents.unique()) > 1000
 
 
-def test_damaged_latents_are_encoded_again(preset, tmp_path):
+def test_latents_are_never_written_to_and_encoded_again_where_damaged(preset, tmp_path):
     model, dataset = AutoencoderKL(preset.vae), MovingShapes(6, size=16, frames=2)
-    latents = train.encode_dataset(model, dataset, CPU, tmp_path)[2].clone()
+    mapped = train.encode_dataset(model, dataset, CPU, tmp_path)[2]
+    before, latents = (tmp_path / "latents.bin").read_bytes(), mapped.clone()
+    assert len(before) == 6 * 4 * 2 * 2 * 2 * 2
+    mapped.zero_()
+    assert (tmp_path / "latents.bin").read_bytes() == before
     for damage in ("latents.bin", "latents.json"):
         path = tmp_path / damage
         os.truncate(path, path.stat().st_size // 2)
         with encoder_calls() as calls:
             again = train.encode_dataset(model, dataset, CPU, tmp_path)[2]
         assert len(calls) == 6 and torch.equal(latents, again)
-
-
-def test_latents_are_mapped_and_never_written_to(preset, tmp_path):
-    model, dataset = AutoencoderKL(preset.vae), MovingShapes(3, size=16, frames=2)
-    latents = train.encode_dataset(model, dataset, CPU, tmp_path)[2]
-    before = (tmp_path / "latents.bin").read_bytes()
-    assert len(before) == 3 * 4 * 2 * 2 * 2 * 2
-    latents.zero_()
-    assert (tmp_path / "latents.bin").read_bytes() == before
 
 
 # ------------------------------------------------------------------------------ folders of videos
@@ -1134,7 +1041,7 @@ def folder(videos, tmp_path):
 def videos(tmp_path_factory):
     path, lines = tmp_path_factory.mktemp("videos"), ["file,caption"]
     for i, shape in enumerate(MovingShapes(22, size=48, frames=20, fps=10.0)):
-        iio.imwrite(path / f"{i}.mp4", shape.video, plugin="pyav", codec="mpeg4", fps=10)
+        write_video(path / f"{i}.mp4", shape.video, 10.0)
         lines.append(f'{i}.mp4,"{shape.caption}; it\'s number {i}"')
     for i in (0, 7):
         (path / f"{i}.mp4").write_text("not a video")
@@ -1143,12 +1050,14 @@ def videos(tmp_path_factory):
 
 
 def test_both_stages_train_on_a_folder(preset, folder, tmp_path, capsys):
-    out = tmp_path / "out"
-    printed = run_train(preset, "vae", "--data", folder, "--out", out, "--flip")
+    """And go on when it has moved: what counts is the files and their contents; captions may be
+    corrected, and the tokens stay the same."""
+    out, moved = tmp_path / "out", tmp_path / "moved"
+    printed = run_train(preset, "vae", "--data", folder, "--out", out, "--flip", "--steps", 2)
     assert "22 videos, 22 different captions from captions.csv" in capsys.readouterr().err
     _, script, *arguments = shlex.split(printed.split("next: ")[1])
     assert script == "train.py" and "--flip" in arguments
-    printed = run_train(preset, *arguments)
+    printed = run_train(preset, *arguments, "--steps", 1)
     assert (out / "skipped.txt").read_text().splitlines() == [
         f"{i}.mp4: Invalid data found when processing input" for i in (0, 7)
     ]
@@ -1164,12 +1073,22 @@ def test_both_stages_train_on_a_folder(preset, folder, tmp_path, capsys):
     assert prompt in captions and script == "sample.py"
     assert arguments == ["--fps", "7.9", "--checkpoint", str(out / "model.pt")]
     assert load_pipeline(out / "model.pt").tokenizer.unknown_words(prompt) == []
+
+    before = load(out / "model.pt")["tokenizer"]
+    shutil.copytree(folder, moved)
+    text = (moved / "captions.csv").read_text().replace("it's number", "that is")
+    (moved / "captions.csv").write_text(text)
+    again = ("diffusion", "--data", moved, "--out", out, "--resume", "--steps", 2)
     with encoder_calls() as calls:
-        run_train(preset, "diffusion", "--data", folder, "--out", out, "--flip", "--resume",
-                  "--steps", 5)
-    assert len(calls) == 0 and load(out / "last.pt")["step"] == 5
+        run_train(preset, *again, "--flip")
+    after = load(out / "model.pt")["tokenizer"]
+    assert not calls and load(out / "last.pt")["step"] == 2
+    assert after["merges"] == before["merges"] and set(after["words"]) > set(before["words"])
     with pytest.raises(UserError, match="was started with --flip True, not False: use"):
-        run_train(preset, "diffusion", "--data", folder, "--out", out, "--resume")
+        run_train(preset, *again)
+    shutil.copy(moved / "9.mp4", moved / "8.mp4")
+    with pytest.raises(UserError, match="was started with data of digest"):
+        run_train(preset, *again, "--flip")
 
 
 def test_what_is_encoded_again(preset, folder, tmp_path):
@@ -1229,49 +1148,48 @@ def test_frames_of_a_step_do_not_depend_on_what_failed_before(folder):
 def test_the_context_grows_to_the_longest_caption(preset, folder, finished, tmp_path, capsys):
     """Of the training set, before anything is encoded, up to 256 tokens; what is longer is cut
     after a word, and counted. A text encoder that is trained already keeps its own."""
-    text, out = (folder / "captions.csv").read_text(), tmp_path / "out"
-    start, names = ("--vae", finished / "model.pt"), [f"{7919 * n % 99991:05x}" for n in range(400)]
+    text, names = (folder / "captions.csv").read_text(), [f"{7919 * n % 99991:05x}"
+                                                          for n in range(400)]
     for i, (words, start, length) in enumerate((
-        (5, start, 100), (40, start, None), (199, start, 256),
-        (199, ("--init", finished / "model.pt"), 100),
+        (40, "--vae", None), (199, "--vae", 256), (199, "--init", 100),
     )):
         whole = [" ".join([f"number {n}", *names[n - 3 :: 2][:words]]) for n in (3, 4)]
         changed = text.replace("number 3", whole[0]).replace("number 4", whole[1])
         (folder / "captions.csv").write_text(changed)
-        command = ("diffusion", "--data", folder, "--out", out / str(i), *start, "--steps", 1)
-        run_train(preset, *command)
-        model, err = load(out / str(i) / "model.pt"), capsys.readouterr().err
+        command = ("diffusion", "--data", folder, "--out", tmp_path / str(i), "--steps", 1)
+        run_train(preset, *command, start, finished / "model.pt")
+        model, err = load(tmp_path / str(i) / "model.pt"), capsys.readouterr().err
         context = model["text_encoder"]["config"]["context_length"]
         assert context == length or length is None and 100 < context < 256
         captions = [c for c in model["data"]["captions"] if c.split()[-1] in names]
         assert len(captions) == 2  # cut after a word
         assert all(any(w in c for w in whole) for c in captions) == (words < 199)
         assert ("2 captions are cut" in err) == (words == 199)
-        tokenizer = load_pipeline(out / str(i) / "model.pt").tokenizer
+        tokenizer = load_pipeline(tmp_path / str(i) / "model.pt").tokenizer
         assert all(len(tokenizer.encode(c)) <= context for c in captions)
-        resume = ("diffusion", "--data", folder, "--out", out / str(i), "--resume", "--steps", 2)
-        run_train(preset, *resume, *start)
-        after = load(out / str(i) / "model.pt")["text_encoder"]["config"]
-        assert after == model["text_encoder"]["config"]
+        if length is None:
+            run_train(preset, *command, "--resume", start, finished / "model.pt")
+            after = load(tmp_path / str(i) / "model.pt")["text_encoder"]["config"]
+            assert after == model["text_encoder"]["config"]
 
 
 # ------------------------------------------------------------------------------ any setting
 
 SETTINGS = {  # what --set is given: {where in the preset: value}
-    "unet.widths=96,192": {"unet.widths": (96, 192)},
+
     "unet.widths=[64,160] unet.attention=true,False": {"unet.attention": (True, False)},
     "unet.widths=64 unet.blocks=2 unet.attention=true": {"unet.blocks": (2,), "unet.widths": (64,)},
     "diffusion.prediction=x_start": {"diffusion.prediction": "x_start"},
     "diffusion.prediction=eps diffusion.zero_terminal_snr=false": {
         "diffusion.zero_terminal_snr": False},
-    "diffusion.min_snr_gamma=5": {"diffusion.min_snr_gamma": 5},
+
     "diffusion.min_snr_gamma=none": {"diffusion.min_snr_gamma": None},
     "vae.latent_channels=8": {"vae.latent_channels": 8, "unet.channels": 8},
     "vae.widths=32,64 unet.widths=64,160": {"vae.widths": (32, 64)},
     "text.width=64 text.heads=2": {"text.width": 64, "unet.text_width": 64},
     "training.save_every=100 training.save_every=7": {"diffusion_training.save_every": 7},
-    "training.lr=1": {"diffusion_training.lr": 1.0},
-    "training.steps=66": {"diffusion_training.steps": 66, "diffusion_training.easy_start": 15},
+    "training.lr=1 training.steps=66": {
+        "diffusion_training.lr": 1.0, "diffusion_training.easy_start": 15},
     "training.steps=66 training.easy_start=9": {"diffusion_training.easy_start": 9},
 }
 
@@ -1290,6 +1208,7 @@ def test_any_field_of_a_preset_can_be_set(line):
 def test_frames_of_another_size_and_number(preset, folder, tmp_path, monkeypatch, capsys):
     """From the command line into both stages, the checkpoint, and the commands that are printed."""
     out, options = tmp_path / "out", ("--size", "48x32", "--frames", 6)
+    preset = tiny_preset(replace(TRAINING, steps=1))
     printed = run_train(preset, "vae", "--data", folder, "--out", out, *options,
                         "--set", "vae.latent_channels=5", "unet.widths=32,64", "training.warmup=9")
     _, script, *arguments = shlex.split(printed.split("next: ")[1])
@@ -1304,7 +1223,7 @@ def test_frames_of_another_size_and_number(preset, folder, tmp_path, monkeypatch
     sample.main()
     clip = iio.imread(capsys.readouterr().out.strip())
     assert clip.shape == (6, 4 * 32, 4 * 48, 3)
-    run_train(preset, "diffusion", "--data", folder, "--out", out, "--resume", "--steps", 5,
+    run_train(preset, "diffusion", "--data", folder, "--out", out, "--resume", "--steps", 2,
               *options, "--set", "unet.widths=32,64")
 
 
@@ -1361,14 +1280,15 @@ def test_held_out_losses_are_of_fixed_draws_from_other_clips(preset, folder, fin
         trained = np.fromfile(out / "latents.bin", np.float16)
         trained = {clip.tobytes() for clip in trained.reshape(-1, *clips.shape[1:])}
         assert not any(clip.half().numpy().tobytes() in trained for clip in clips)
-        assert sorted((16 * t // 1000).tolist()) == pytest.approx(range(16), abs=1)
+        assert sorted((8 * t // 1000).tolist()) == pytest.approx(range(8), abs=1)
         assert given.any() and rows.max() >= TRAINING.videos  # captions after those in training
 
 
 def test_a_folder_whose_held_out_videos_cannot_be_used_trains(preset, folder, finished, tmp_path):
     (folder / "20.mp4").write_text("not a video")
     out = tmp_path / "out"
-    run_train(preset, "diffusion", "--data", folder, "--out", out, "--vae", finished / "vae.pt")
+    run_train(preset, "diffusion", "--data", folder, "--out", out, "--vae", finished / "vae.pt",
+              "--steps", 1)
     assert "held_out_loss" not in (out / "log.jsonl").read_text()
     assert (out / "samples" / "loss.png").is_file()
 
@@ -1387,7 +1307,7 @@ def test_samples_have_their_words_and_a_real_clip_beside_them(preset, finished, 
     for name, options in (("own", ()), ("file", ("--prompts", tmp_path / "prompts.txt"))):
         with patched((train, "captioned_grid", grid)):
             run_train(preset, "diffusion", "--out", tmp_path / name, "--steps", 1, *options,
-                      "--vae", finished / "vae.pt")
+                      "--vae", finished / "vae.pt", pictures=True)
     (own, words), (given, prompts) = grids
     assert len(set(words)) == 4 and set(words) <= set(captions)
     assert prompts == [captions[3].upper(), "a cat swims"]
@@ -1415,15 +1335,12 @@ def vgg_file(tmp_path, monkeypatch):
     return tmp_path / "vgg.pth"
 
 
-def test_the_vgg_term_is_switched_on_by_its_weights(preset, vgg_file, tmp_path):
-    def losses(name, *arguments):
-        run_train(preset, "vae", "--out", tmp_path / name, "--steps", 1, *arguments)
-        return log(tmp_path / name)[0]
-
-    without, with_vgg = losses("without"), losses("with", "--vgg", vgg_file)
-    assert "vgg" not in without and with_vgg["vgg"] > 0
+def test_the_vgg_term_is_switched_on_by_its_weights(preset, finished, vgg_file, tmp_path):
+    command = ("vae", "--out", tmp_path / "with", "--steps", 1)
+    run_train(preset, *command, "--vgg", vgg_file)
+    assert "vgg" not in log(finished)[0] and log(tmp_path / "with")[0]["vgg"] > 0
     with pytest.raises(UserError, match="was started with --vgg True, not False"):
-        losses("with", "--resume")
+        run_train(preset, *command, "--resume")
 
 
 # ------------------------------------------------------------------------------ a step
@@ -1454,7 +1371,8 @@ def drawn(preset, finished, tmp_path_factory):
     with patched(
         (TextEncoder, "forward", encoder), (UNet3D, "forward", unet),
         (train, "diffusion_loss", loss), (train, "draw_samples", lambda *_: None),
-        (train, "measure", lambda *_: None), (train, "check_preset", lambda *_: None),
+        (train, "measure", lambda *_: None),
+        (sys.modules[__name__], "check_preset", lambda *_: None),
     ):
         run_train(replace(preset, diffusion_training=many), "diffusion", "--out", out)
     return steps
@@ -1475,6 +1393,9 @@ def test_clips_captions_and_rates_belong_together(drawn, finished):
     dataset = MovingShapes(TRAINING.videos, size=32)
     clips, rates, latents = cached(finished, dataset)
     assert clips.tolist() == list(range(TRAINING.videos))
+    assert latents.shape == (TRAINING.videos, 4, 16, 4, 4) and latents.dtype == torch.float16
+    channels = latents.double().movedim(1, 0).flatten(1)
+    assert channels.mean(1).abs().max() < 1e-3 and (channels.std(1) - 1).abs().max() < 1e-3
     tokenizer = load_pipeline(finished / "model.pt").tokenizer
     for tokens, x_start, fps in zip(*(drawn[0][k] for k in ("tokens", "x_start", "fps"))):
         (index,) = [i for i, z in enumerate(latents) if torch.equal(z.float(), x_start)]
@@ -1717,17 +1638,6 @@ def test_the_discriminator_and_the_autoencoder_do_not_move_each_other(preset, tm
     assert differences(both["discriminator"], no_lesson["discriminator"])
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(preset, copied):
-    """last.pt stays as it was, and the next start goes on from it."""
-    before = (copied / "last.pt").read_bytes(), (copied / "model.pt").read_bytes()
-    arguments = ("diffusion", "--out", copied, "--resume", "--steps", 6)
-    with patched((train, "diffusion_loss", lambda *a, **k: diffusion_loss(*a, **k) * math.nan)):
-        with pytest.raises(UserError, match="--resume and a lower --lr"):
-            run_train(preset, *arguments)
-    assert ((copied / "last.pt").read_bytes(), (copied / "model.pt").read_bytes()) == before
-    assert count_steps(preset, *arguments, "--lr", 1e-4) == 2
-
-
 @pytest.mark.parametrize("stage, owner, name, change", [
     ("diffusion", train, "diffusion_loss", lambda loss: loss * math.nan),
     ("diffusion", train, "diffusion_loss", lambda loss: loss * math.inf),
@@ -1735,15 +1645,20 @@ def test_a_loss_that_is_not_finite_stops_the_run(preset, copied):
     ("diffusion", train, "diffusion_loss", lambda loss: loss + (0 * loss).sqrt()),
     ("vae", vae.VAELoss, "discriminator_loss", lambda loss: loss * math.nan),
 ])
-def test_what_is_not_finite_moves_nothing(preset, copied, stage, owner, name, change):
-    function, moved = getattr(owner, name), []
-    (copied / "last.pt").unlink()
+def test_what_is_not_finite_moves_nothing(preset, finished, tmp_path, stage, owner, name, change):
+    """The files stay as they were too, and the next start goes on from there."""
+    out, function, moved = tmp_path / "out", getattr(owner, name), []
+    shutil.copytree(finished, out)
+    shutil.copy(finished.parent / f"{stage}.pt", out / "last.pt")
+    before = {p: p.read_bytes() for p in out.glob("*.pt")}
+    command = (stage, "--out", out, "--resume", "--steps", 5)
     with patched(
         (owner, name, lambda *args, **options: change(function(*args, **options))),
         (torch.optim.AdamW, "step", moved.append), (Muon, "step", moved.append),
-    ), pytest.raises(UserError, match="not finite"):
-        run_train(preset, stage, "--out", copied)
-    assert not moved
+    ), pytest.raises(UserError, match="not finite any more: .* --resume and a lower --lr"):
+        run_train(preset, *command)
+    assert not moved and {p: p.read_bytes() for p in out.glob("*.pt")} == before
+    assert count_steps(preset, *command, "--lr", 1e-4) == 1
 
 
 def test_long_gradients_are_clipped(finished, tmp_path):
@@ -1804,15 +1719,13 @@ def test_the_parts_of_a_preset_fit_together(name):
     assert preset == train.PRESETS[name]()
 
 
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no /dev/full")
-def test_a_full_disk_is_told_in_one_line(run_script, preset, monkeypatch, tmp_path):
+def test_a_full_disk_is_told_in_one_line(preset, tmp_path):
     torch_save = torch.save
-    monkeypatch.setattr(torch, "save", lambda what, _: torch_save(what, "/dev/full"))
-    monkeypatch.setitem(train.PRESETS, "shapes", lambda: preset)
-    status, _, err = run_script(train, "vae", "--out", tmp_path)
-    assert status == 2 and err.splitlines()[-1].startswith("error: cannot write ")
-    status, _, err = run_script(train, "vae", "--out", tmp_path / ("x" * 300))
-    assert status == 2 and "File name too long" in err and "Traceback" not in err
+    with patched((torch, "save", lambda what, _: torch_save(what, "/dev/full"))):
+        with pytest.raises(UserError, match="^cannot write "):
+            run_train(preset, "vae", "--out", tmp_path, "--steps", 1)
+    with pytest.raises(OSError, match="File name too long"):
+        run_train(preset, "vae", "--out", tmp_path / ("x" * 300))
 
 
 def test_the_command_line_replaces_the_preset_of_its_own_stage():

@@ -100,16 +100,12 @@ def reference(layer, kv_width=None):
 
 
 @torch.no_grad()
-def test_spatial_attention_equals_torch():
+def test_attention_over_space_and_time_equals_torch():
     layer, x = wake(SpatialAttention(32, 16)), torch.randn(2, 3, 5, 32)
     y = layer.norm(x).flatten(0, 1)
     expected = x + reference(layer)(y, y).unflatten(0, (2, 3))
     torch.testing.assert_close(layer(x), expected, rtol=1e-5, atol=1e-5)
-
-
-@torch.no_grad()
-def test_temporal_attention_equals_torch():
-    layer, x = wake(TemporalAttention(32, 16)), torch.randn(2, 3, 5, 32)
+    layer = wake(TemporalAttention(32, 16))
     y = layer.norm(x).transpose(1, 2).flatten(0, 1)  # a sequence per place
     expected = x + reference(layer)(y, y).unflatten(0, (2, 5)).transpose(1, 2)
     table = rotary_table(torch.zeros(3), 16)  # PyTorch's has no positions
@@ -120,21 +116,14 @@ def test_temporal_attention_equals_torch():
 def test_cross_attention_equals_torch():
     layer, x = wake(CrossAttention(32, 16, 12)), torch.randn(2, 3, 5, 32)
     words, mask = torch.randn(2, 6, 12), torch.arange(6) < torch.tensor([[6], [2]])
-    y = reference(layer, 12)(layer.norm(x).flatten(1, 2), words, key_padding_mask=~mask)
+    y, weights = reference(layer, 12)(
+        layer.norm(x).flatten(1, 2), words, key_padding_mask=~mask, need_weights=True)
     expected = x + y.unflatten(1, (3, 5))
     torch.testing.assert_close(layer(x, words, mask), expected, rtol=1e-5, atol=1e-5)
-
-
-@torch.no_grad()
-def test_word_weights_are_those_of_cross_attention():
-    layer, x = wake(CrossAttention(32, 16, 12)), torch.randn(2, 3, 5, 32)
-    words, mask = torch.randn(2, 6, 12), torch.arange(6) < torch.tensor([[6], [2]])
-    weights = layer.word_weights(x, words, mask)
-    q = layer.norm(x).flatten(1, 2)
-    expected = reference(layer, 12)(q, words, key_padding_mask=~mask, need_weights=True)[1]
-    torch.testing.assert_close(weights, expected.unflatten(1, (3, 5)).mean(2))
-    torch.testing.assert_close(weights.sum(2), torch.ones(2, 3))
-    assert (weights[1, :, 2:] == 0).all() and weights.std(2).min() > 0.01
+    found = layer.word_weights(x, words, mask)
+    torch.testing.assert_close(found, weights.unflatten(1, (3, 5)).mean(2))
+    torch.testing.assert_close(found.sum(2), torch.ones(2, 3))
+    assert (found[1, :, 2:] == 0).all() and found.std(2).min() > 0.01
 
 
 @torch.no_grad()
@@ -232,12 +221,9 @@ def test_unet_reads_words_but_no_padding(unet):
 # ------------------------------------------------------------------------------ frames
 
 
-def test_output_starts_at_zero():
-    assert not UNet3D(CONFIG)(**make_inputs(given=True)).any()
-
-
 def test_frames_are_independent_at_initialisation_only():
     new = UNet3D(CONFIG)
+    assert not new(**make_inputs(given=True)).any()
     nn.init.normal_(new.conv_out.weight)  # which is zero too, and would hide everything
     strength = reach(new)
     assert (strength[:, 1] > 0).all() and not strength[:, [0, 2]].any()
@@ -265,6 +251,9 @@ def test_given_frames_are_seen(unet):
     given, mask = inputs["given"], inputs["given_mask"]
     shown = mask[:, None, :, None, None]
     seen, hidden = torch.where(shown, given + 1, given), torch.where(shown, given, given + 1)
+    with torch.no_grad():
+        change = unet(**inputs) - unet(**inputs | {"given": seen})
+    assert (change.abs().amax((1, 3, 4)) > 1e-4).all()  # b f: it reaches all other frames
     assert distance(unet, inputs, given=seen).min() > 1e-3
     assert distance(unet, inputs, given=hidden).max() == 0
     # A black frame given and no frame given are different things: the mask is an input too.
@@ -272,13 +261,6 @@ def test_given_frames_are_seen(unet):
     assert distance(unet, black, given_mask=torch.zeros_like(mask)).min() > 1e-3
     nothing = {"given": None, "given_mask": None}
     assert distance(unet, {**inputs, "given_mask": torch.zeros_like(mask)}, **nothing).max() == 0
-
-
-def test_given_frame_reaches_the_other_frames(unet):
-    inputs = make_inputs(given=True)
-    with torch.no_grad():
-        change = unet(**inputs) - unet(**{**inputs, "given": inputs["given"] + 1})
-    assert (change.abs().amax((1, 3, 4)) > 1e-4).all()  # b f
 
 
 def test_frames_know_their_position(unet):
@@ -357,23 +339,25 @@ def test_other_frame_counts_and_sizes(unet, frames, height, width):
     assert y.shape == inputs["x"].shape and y.isfinite().all()
 
 
-@pytest.mark.parametrize("height, width", [(5, 4), (4, 5)])
-def test_sides_that_do_not_divide_are_refused(unet, height, width):
-    with pytest.raises(ValueError, match="2$"):
-        unet(**make_inputs(height=height, width=width))
+def test_inputs_that_do_not_fit_are_refused(unet):
+    """Broadcasting one context over two clips would fold both clips into a single one."""
+    for height, width in ((5, 4), (4, 5)):
+        with pytest.raises(ValueError, match="2$"):
+            unet(**make_inputs(height=height, width=width))
+    inputs = make_inputs(b=2)
+    for short in ("context", "context_mask", "fps", "t"):
+        with pytest.raises(ValueError):
+            unet(**inputs | {short: inputs[short][:1]})
 
 
 # ------------------------------------------------------------------------------ configurations
 
 
-@pytest.mark.parametrize("bad", [
-    {"blocks": (1, 1, 1)}, {"widths": (16,)}, {"widths": (16, 24)},
-    {"attention": (True,)}, {"attention": (True, True, True)},
-])
-def test_a_bad_configuration_is_refused(bad):
-    values = {**vars(CONFIG), **bad}
-    with pytest.raises(ValueError):
-        UNet3D(UNet3DConfig(**values))
+def test_a_bad_configuration_is_refused():
+    for bad in ({"blocks": (1, 1, 1)}, {"widths": (16,)}, {"widths": (16, 24)},
+                {"attention": (True,)}, {"attention": (True, True, True)}):
+        with pytest.raises(ValueError):
+            UNet3D(UNet3DConfig(**vars(CONFIG) | bad))
 
 
 @pytest.mark.parametrize("levels", [(True, True), (False, True), (False, False)])
@@ -387,9 +371,9 @@ def test_attention_only_where_the_configuration_says(levels):
     assert (reach(unet) > 0).all()
 
 
-def test_every_parameter_gets_a_gradient():
-    config = UNet3DConfig(**{**vars(CONFIG), "blocks": (2, 2)})
-    unet = wake(UNet3D(config))
+@pytest.mark.parametrize("attention", [(True, True), (False, True), (False, False)])
+def test_every_parameter_gets_a_gradient(attention):
+    unet = wake(UNet3D(UNet3DConfig(**{**vars(CONFIG), "blocks": (2, 2), "attention": attention})))
     unet(**make_inputs(given=True)).square().sum().backward()
     for name, p in unet.named_parameters():
         assert p.grad is not None and p.grad.any() and p.grad.isfinite().all(), name
@@ -425,15 +409,14 @@ def test_a_gpu_gives_the_same_numbers(unet, precision, tolerance):
     assert (found[1] - found[0]).norm() < tolerance * found[0].norm()
 
 
-@pytest.mark.parametrize("more", [[], ["--grad-checkpoint"]])
-def test_the_model_compiles_into_one_graph(more):
-    """And the graph, with the checkpoints in it, has the same gradients."""
+def test_the_model_compiles_into_one_graph():
+    """And the graph, with the checkpoints of --grad-checkpoint in it, has the same gradients."""
     inputs = make_inputs(given=True) | {"frames_are_images": torch.tensor([True, False])}
     one_level = {"widths": (16,), "blocks": (1,), "attention": (True,)}
     model = wake(UNet3D(UNet3DConfig(**{**vars(CONFIG), **one_level})))
     expected = model(**inputs)
     gradients = torch.autograd.grad(expected.square().sum(), list(model.parameters()))
-    train.economize(train.parse_args(["diffusion", "--out", "x", *more]), model)
+    train.economize(train.parse_args(["diffusion", "--out", "x", "--grad-checkpoint"]), model)
     torch._dynamo.reset()
     counter = CompileCounter()
     model.compile(backend=counter, fullgraph=True)
@@ -448,45 +431,12 @@ def test_the_model_compiles_into_one_graph(more):
 # ------------------------------------------------------------------------------ presets
 
 
-def on_paper(config):
-    """The model without memory for its weights: shapes only, in no time."""
-    with torch.device("meta"):
-        return UNet3D(config)
-
-
 def test_presets_have_the_promised_size():
-    from train import PRESETS
-
-    for name, make in PRESETS.items():
-        preset, unet = make(), make().unet
-        assert unet.channels == preset.vae.latent_channels, name
-        assert unet.text_width == preset.text.width, name
+    for name, make in train.PRESETS.items():
+        preset = make()
+        assert preset.unet.channels == preset.vae.latent_channels, name
+        assert preset.unet.text_width == preset.text.width, name
     for name, low, high in (("ucf101", 40e6, 60e6), ("ucf101-256", 120e6, 180e6)):
-        size = sum(p.numel() for p in on_paper(PRESETS[name]().unet).parameters())
-        assert low < size < high, name
-
-
-def test_presets_can_be_trained():
-    from train import PRESETS
-
-    noise = 0.02 * torch.randn(2**24)  # weights are slices of it: 150 M draws would take seconds
-    for make in PRESETS.values():
-        unet, weights = on_paper(make().unet), {}
-        for name, p in unet.named_parameters():
-            values = noise[: p.numel()].view(p.shape) if p.ndim > 1 else torch.ones(p.shape)
-            weights[name] = values.detach().requires_grad_()
-        x = torch.randn(1, unet.config.channels, 2, 8, 8)
-        context, mask = torch.randn(1, 3, unet.config.text_width), torch.ones(1, 3).bool()
-        inputs = (x, torch.tensor([500]), context, mask, torch.tensor([8.0]))
-        y = torch.func.functional_call(unet, weights, inputs)
-        assert y.shape == x.shape
-        grads = torch.autograd.grad(y.square().mean(), list(weights.values()))
-        assert all(0 < g.norm() < torch.inf for g in grads)
-
-
-@pytest.mark.parametrize("short", ["context", "context_mask", "fps", "t"])
-def test_inputs_of_different_batch_sizes_are_refused(unet, short):
-    """Broadcasting one context over two clips would fold both clips into a single one."""
-    inputs = make_inputs(b=2)
-    with pytest.raises(ValueError):
-        unet(**{**inputs, short: inputs[short][:1]})
+        with torch.device("meta"):  # shapes only, in no time
+            unet = UNet3D(train.PRESETS[name]().unet)
+        assert low < sum(p.numel() for p in unet.parameters()) < high, name

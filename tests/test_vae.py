@@ -64,8 +64,7 @@ def test_sample_has_the_mean_and_the_variance():
 
 
 def test_extreme_log_variances_stay_finite():
-    moments = torch.tensor([[0.0, 1e4], [0.0, -1e4]])[:, :, None, None]
-    posterior = DiagonalGaussian(moments)
+    posterior = DiagonalGaussian(torch.tensor([[0.0, 1e4], [0.0, -1e4]])[:, :, None, None])
     assert posterior.sample().isfinite().all() and posterior.kl().isfinite().all()
 
 
@@ -109,33 +108,38 @@ def test_factor_and_shapes(patch, widths, factor):
     assert vae.decode(posterior.sample()).shape == (2, 3, 16, 24)
 
 
-@pytest.mark.parametrize("height, width", [(18, 16), (16, 18), (2, 2)])
-def test_sides_that_do_not_divide_are_refused(height, width):
+def test_sides_that_do_not_divide_are_refused():
     vae = AutoencoderKL(CONFIG)
-    with pytest.raises(ValueError, match="4$"):
-        vae.encode(torch.zeros(1, 3, height, width))
-    with pytest.raises(ValueError, match="4$"):
-        vae.encode_video(torch.zeros(1, 3, 2, height, width))
+    for height, width in ((18, 16), (16, 18), (2, 2)):
+        with pytest.raises(ValueError, match="4$"):
+            vae.encode(torch.zeros(1, 3, height, width))
+        with pytest.raises(ValueError, match="4$"):
+            vae.encode_video(torch.zeros(1, 3, 2, height, width))
 
 
 # ------------------------------------------------------------------------------ videos
 
 
 @torch.no_grad()
-def test_videos_and_chunks():
+def test_every_frame_has_its_place_and_depends_on_no_other():
     vae = make_vae()
-    video = torch.rand(2, 3, 5, 16, 8)
-    latents = vae.encode_video(video)
-    decoded = vae.decode_video(latents)
-    assert latents.shape == (2, 3, 5, 4, 2) and decoded.shape == video.shape
-    frame = vae.encode(video[1, :, 3][None]).mean[0]  # each frame in its place
+    video = torch.rand(2, 3, 4, 16, 8)
+    changed = video.clone()
+    changed[1, :, 2] = torch.rand(3, 16, 8)
+    latents, others = vae.encode_video(video), vae.encode_video(changed)
+    assert latents.shape == (2, 3, 4, 4, 2) and vae.decode_video(latents).shape == video.shape
+    frame = vae.encode(video[1, :, 3][None]).mean[0]
     torch.testing.assert_close(latents[1, :, 3], frame, rtol=1e-5, atol=1e-5)
+    hit = torch.zeros(2, 4, dtype=torch.bool)
+    hit[1, 2] = True
+    for a, b in ((latents, others), (vae.decode_video(latents), vae.decode_video(others))):
+        difference = (a - b).abs().amax((1, 3, 4))  # b f
+        assert (difference[hit] > 1e-2).all() and (difference[~hit] < 1e-6).all()
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("height, width, pixels, sizes", [
-    (16, 8, 256, [2] * 5), (16, 8, 1000, [7, 3]), (32, 16, 1000, [1] * 10), (8, 8, 2**19, [10]),
-    (64, 64, 1, [1] * 10),
+    (16, 8, 1000, [7, 3]), (8, 8, 2**19, [10]), (16, 8, 1, [1] * 10),
 ])
 def test_memory_is_bounded_in_pixels(monkeypatch, height, width, pixels, sizes):
     vae = make_vae()
@@ -145,25 +149,9 @@ def test_memory_is_bounded_in_pixels(monkeypatch, height, width, pixels, sizes):
     for name in ("encode", "decode"):
         part = getattr(vae, name)
         monkeypatch.setattr(vae, name, lambda x, part=part: seen.append(len(x)) or part(x))
-    again = vae.encode_video(video, pixels)
-    torch.testing.assert_close(again, latents, rtol=1e-4, atol=1e-4)
-    again = vae.decode_video(latents, pixels)
-    torch.testing.assert_close(again, decoded, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(vae.encode_video(video, pixels), latents, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(vae.decode_video(latents, pixels), decoded, rtol=1e-4, atol=1e-4)
     assert seen == 2 * sizes
-
-
-@torch.no_grad()
-def test_frames_are_independent():
-    vae = make_vae()
-    video = torch.rand(2, 3, 4, 16, 16)
-    changed = video.clone()
-    changed[1, :, 2] = torch.rand(3, 16, 16)
-    latents, others = vae.encode_video(video), vae.encode_video(changed)
-    hit = torch.zeros(2, 4, dtype=torch.bool)
-    hit[1, 2] = True
-    for a, b in ((latents, others), (vae.decode_video(latents), vae.decode_video(others))):
-        difference = (a - b).abs().amax((1, 3, 4))  # b f
-        assert (difference[hit] > 1e-2).all() and (difference[~hit] < 1e-6).all()
 
 
 @torch.no_grad()
@@ -270,7 +258,8 @@ def test_gan_start():
 def test_a_compiled_autoencoder_and_its_discriminator(more):
     """The discriminator's weight goes backward through the last layer before the loss does, which
     compiled code would refuse. One graph each for encoder and decoder, and the same gradients."""
-    vae, criterion = make_vae(), VAELoss(VAELossConfig(gan_weight=0.5, gan_start=1))
+    vae = make_vae(VAEConfig(latent_channels=3, patch=2, widths=(8, 8), groups=4))
+    criterion = VAELoss(VAELossConfig(gan_weight=0.5, gan_start=1))
     x, eps, found = smooth_frames(2, 32), torch.randn(2, 3, 8, 8), []
     train.economize(train.parse_args(["vae", "--out", "x", *more]), vae)
     torch._dynamo.reset()
@@ -278,7 +267,7 @@ def test_a_compiled_autoencoder_and_its_discriminator(more):
         if backend is not None:
             vae.encoder.compile(backend=backend, fullgraph=True)
             vae.decoder.compile(backend=backend, fullgraph=True)
-        for step in range(3):  # the discriminator joins in at step 1
+        for step in range(2):  # the discriminator joins in at step 1
             vae.zero_grad()
             posterior = vae.encode(x)
             x_hat = vae.decode(posterior.sample(eps))
@@ -364,14 +353,7 @@ def test_vgg_equals_torchvision_layout(vgg):
     torch.testing.assert_close(features.features(x), expected, rtol=1e-3, atol=1e-4)
     distance = sum((p - q).square().sum(1).mean() for p, q in zip(expected, stages(y)))
     torch.testing.assert_close(features(x, y), distance, rtol=1e-3, atol=1e-4)
-
-
-@torch.no_grad()
-def test_vgg_distance(vgg):
-    features = vgg[1].vgg
-    x, y = smooth_frames(2), smooth_frames(2)
-    assert features(x, x) == 0
-    assert features(x, y) > 1e-3
+    assert features(x, x) == 0 and distance > 1e-3
     torch.testing.assert_close(features(x, y), features(y, x))
 
 
