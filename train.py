@@ -986,8 +986,8 @@ PRESETS = {  # functions, so that one that contradicts itself stops nobody who t
         unet=UNet3DConfig(attention=(True, True)),
         diffusion=DiffusionConfig(shift=3.0),
         diffusion_training=TrainConfig(
-            steps=4800, batch_size=16, lr=1e-3, decay=0.65, optimizer="muon", easy_start=1100,
-            strides=((0.45, 4), (0.75, 2)), videos=12_000,
+            steps=9000, batch_size=16, lr=1e-3, decay=0.65, optimizer="muon", easy_start=1600,
+            strides=((0.45, 4), (0.75, 2)), videos=12_000, text_only=0.7,
         ),
     ),
     "ucf101": lambda: Preset(
