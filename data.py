@@ -1017,8 +1017,11 @@ def prefetch(function: Callable, items: Iterable, workers: int | None = None) ->
     """
     workers = workers or min(os.cpu_count() or 1, 16)
     waiting, ahead = SimpleQueue(), deque()
+    torch.get_num_threads()  # settles that of this thread, which is to keep its number
 
     def work():
+        # With more threads than cores OpenMP lets none of them spin, and a step takes far longer.
+        torch.set_num_threads(1)
         for future, item in iter(waiting.get, None):
             if future.set_running_or_notify_cancel():
                 try:

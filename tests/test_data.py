@@ -1120,6 +1120,12 @@ def test_the_identity_tells_files_and_settings_apart(tmp_path):
     assert MovingShapes(3).identity() != MovingShapes(3, seed=1).identity()
 
 
+def test_threads_that_work_ahead_leave_the_cores_to_the_step():
+    before = torch.get_num_threads()
+    assert set(prefetch(lambda item: torch.get_num_threads(), range(9), workers=3)) == {1}
+    assert torch.get_num_threads() == before
+
+
 def test_prefetch_keeps_the_order_and_works_ahead():
     started, all_started = [], threading.Event()
 

@@ -1,8 +1,11 @@
 """The README is true: its commands parse, its files, pictures and links exist."""
 
+import ast
 import importlib
+import io
 import re
 import shlex
+import tokenize
 from pathlib import Path
 
 import pytest
@@ -92,6 +95,27 @@ def test_the_file_map_is_complete():
     assert listed, "no table or list of the files"
     assert [name for name in listed if not (ROOT / name).exists()] == []
     assert {path.name for path in ROOT.glob("*.py")} <= set(listed)
+
+
+def lines_of_code(path):
+    """Lines that are neither blank nor comments nor docstrings."""
+    source, lines, kinds = path.read_text(), set(), (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE)
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type not in kinds and token.string.strip():
+            lines |= set(range(token.start[0], token.end[0] + 1))
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+            lines -= set(range(node.lineno, node.end_lineno + 1))
+    return len(lines)
+
+
+@pytest.mark.parametrize("path, said", re.findall(r"(?m)^\| \[(\w+\.py)\]\S+ \| (\d+) \|", TEXT))
+def test_the_lines_of_code_are_those_of_the_table(path, said):
+    assert int(said) == pytest.approx(lines_of_code(ROOT / path), rel=0.05)
+
+
+def test_it_is_short():
+    assert len(TEXT.split()) <= 2300
 
 
 @pytest.mark.parametrize("path", sorted({path for _, path, _ in PICTURES}))
