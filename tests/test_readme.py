@@ -99,7 +99,8 @@ def test_the_file_map_is_complete():
 
 def lines_of_code(path):
     """Lines that are neither blank nor comments nor docstrings."""
-    source, lines, kinds = path.read_text(), set(), (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE)
+    source, lines = path.read_text(), set()
+    kinds = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE)
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         if token.type not in kinds and token.string.strip():
             lines |= set(range(token.start[0], token.end[0] + 1))
