@@ -642,12 +642,6 @@ def test_a_4k_video_is_read(tmp_path):
     assert sample.video.shape == (4, 64, 64, 3) and which(sample.video) == [0, 1, 2, 3]
 
 
-def test_frames_of_a_folder_are_in_the_order_of_their_numbers(tmp_path):
-    write(tmp_path / "clip", greys(12))  # 0.png to 11.png
-    video, times = read_frames(tmp_path / "clip", every, 16)
-    assert which(video) == list(range(12)) and times[-1] == pytest.approx(11 / 25)
-
-
 # ------------------------------------------------------------------------------ unusable videos
 
 
@@ -1033,11 +1027,6 @@ def test_the_summary_tells_what_will_be_learned(tmp_path, names, lines, warning)
     assert [re.search(warning or "-", t) is not None for t in text if t.startswith("warning")] == (
         [True] if warning else []
     )
-
-
-def test_names_and_words():
-    assert data.words("ApplyEyeMakeup") == "apply eye makeup"
-    assert data.words("_wave  one-hand ") == "wave one hand"
 
 
 def test_the_table_has_the_101_classes():
