@@ -49,7 +49,7 @@ from unet3d import UNet3D, UNet3DConfig, record_attention
 from vae import AutoencoderKL, VAEConfig
 
 CHECKPOINT = Path(__file__).parent / "pretrained" / "shapes.pt"
-STEPS, SAMPLER, GUIDANCE = 20, "dpm", 4.0
+STEPS, SAMPLER, GUIDANCE = 10, "ddpm", 2.5
 # How the model learns of given frames. mask: beside its input, as in training; the others are for
 # models that were trained without: see diffusion.py.
 CONDITIONINGS = ("mask", "replacement", "reconstruction")

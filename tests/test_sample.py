@@ -213,7 +213,7 @@ def test_no_frame_is_lost_or_repeated_at_a_seam(tiny_pipeline, monkeypatch, over
         return torch.cat([given[:, :, known], rest], dim=2)
 
     monkeypatch.setattr(sample.Pipeline, "denoiser", denoiser)
-    monkeypatch.setitem(SAMPLERS, "dpm", count_up)
+    monkeypatch.setitem(SAMPLERS, sample.SAMPLER, count_up)
     monkeypatch.setattr(tiny_pipeline.vae, "decode_video", lambda x: data.to_model(
         x[:, :3].permute(0, 2, 3, 4, 1).repeat(1, 1, 8, 8, 1).byte().numpy()))
     videos = tiny_pipeline.generate([["a", "b", "c"], ["d", "e", "f"]], frames=8, overlap=overlap)
@@ -764,7 +764,6 @@ def test_without_stderr_and_with_nobody_at_stdout_all_videos_are_written(tmp_pat
 # ------------------------------------------------------------------------------ the shipped model
 
 shipped = pytest.mark.skipif(not PRETRAINED.is_file(), reason=f"there is no {PRETRAINED.name} yet")
-STEPS = 10  # fewer than the command takes, and enough for what is asked here
 
 
 @shipped
@@ -793,7 +792,7 @@ def center(video):
 def test_the_shipped_model_fills_in_between_two_pictures():
     end = 20 + SPEED * 15 / FPS
     ends = {0: circle(20, 30), 15: circle(end, 30)}
-    video = load_pipeline().generate(["a red circle moves right"], steps=STEPS, pictures=ends)[0]
+    video = load_pipeline().generate(["a red circle moves right"], pictures=ends)[0]
     on_the_way = np.stack([np.linspace(20, end, 16), np.full(16, 30)], 1)
     assert np.abs(center(video) - on_the_way).max() < 4
 
@@ -803,7 +802,7 @@ def test_from_one_picture_the_shipped_model_tells_stories_without_a_jump():
     told = [("right", "up"), ("down", "left")]
     stories = [[f"a red circle moves {direction}" for direction in story] for story in told]
     pictures = np.stack([circle(15, 50), circle(50, 15)])
-    videos = load_pipeline().generate(stories, steps=STEPS, pictures={0: pictures})
+    videos = load_pipeline().generate(stories, pictures={0: pictures})
     assert np.array_equal(videos[:, 0], pictures)
     for video, (first, second) in zip(videos, told):
         assert read_things(video[:16], FPS)[0].actions == (first,)
@@ -815,7 +814,7 @@ def test_from_one_picture_the_shipped_model_tells_stories_without_a_jump():
 @shipped
 def test_the_frame_rate_sets_the_speed():
     prompts, rates = ["a red circle moves right", "a blue square moves down"], (8, 12)
-    videos = load_pipeline().generate(prompts, steps=STEPS, fps=rates)
+    videos = load_pipeline().generate(prompts, fps=rates)
     for axis, (video, fps) in enumerate(zip(videos, rates)):
         per_frame = np.polyfit(np.arange(16), center(video)[:, axis], 1)[0]
         assert per_frame * fps == pytest.approx(SPEED, rel=0.2)
