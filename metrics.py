@@ -440,6 +440,7 @@ def load_weights(network_class: type, path: str | Path) -> nn.Module:
         network = network_class()
 
     def take(name, shape):
+        """The tensor of this name, in float64. Raises UserError."""
         value = state.get(name)
         if not torch.is_tensor(value) or value.is_nested or value.shape != shape:
             raise UserError(f"{path} has no {name} of shape {tuple(shape)}: wrong file of weights")

@@ -76,10 +76,7 @@ def train_vae(
     models, optimizers = {"vae": vae}, make_optimizers(vae, config, args.precision)
     if vae_loss.discriminator is not None:
         models["discriminator"] = vae_loss.discriminator
-        # Low momentum: its opponent moves with every step.
-        optimizers["discriminator"] = torch.optim.AdamW(
-            vae_loss.discriminator.parameters(), config.lr, (0.5, 0.9), weight_decay=0.0, fused=True
-        )
+        optimizers["discriminator"] = make_adversary_optimizer(vae_loss.discriminator, config)
     run.begin(models, optimizers)
     economize(args, vae.encoder, vae.decoder)
 
@@ -701,6 +698,13 @@ def make_optimizers(
     ]
     adamw = torch.optim.AdamW(groups, config.lr, betas=(0.9, 0.99), fused=True)
     return optimizers | {"adamw": adamw}
+
+
+def make_adversary_optimizer(discriminator: nn.Module, config: "TrainConfig") -> torch.optim.AdamW:
+    """Of low momentum, because the discriminator's opponent moves with every step."""
+    return torch.optim.AdamW(
+        discriminator.parameters(), config.lr, (0.5, 0.9), weight_decay=0.0, fused=True
+    )
 
 
 def learning_rate(step: int, config: "TrainConfig") -> float:
