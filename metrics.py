@@ -640,7 +640,10 @@ def take_clips(side, seed: int, args: Namespace, captions=None, fps=None):
             known = side.data.get("captions")
             if known and side.tokenizer.unknown_words(" ".join(captions)):
                 captions = list(itertools.islice(itertools.cycle(known), args.num))
-    except ValueError as error:  # the walls are too near
+    except ValueError as error:
+        if isinstance(side, VideoFolder):
+            raise
+        # The built-in clips: the walls are too near.
         raise UserError(f"{error}: lower --frames") from error
     if fps is None or args.real == "shapes":
         check_words(side, captions)
