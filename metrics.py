@@ -26,8 +26,8 @@ Letters used here: `n` clips, `b` batch, `c` channels, `d` feature width, `f` fr
 and width. Videos are uint8 arrays (f, h, w, 3), the networks' inputs float in [-1, 1].
 """
 
-from tools import DEVICES, Parser, UserError, atomic_path, digest, load_tensors, number
-from tools import pick_device, run_command, save_atomically
+from tools import DEVICES, Parser, UserError, atomic_path, digest, load_tensors
+from tools import no_weights, number, pick_device, run_command, save_atomically
 
 import hashlib
 import itertools
@@ -436,7 +436,7 @@ def load_weights(network_class: type, path: str | Path) -> nn.Module:
     if not isinstance(state, dict):
         raise UserError(f"{path} is not a state dict: it should map names to tensors")
 
-    with torch.device("meta"):  # its first weights would be drawn at random, for nothing
+    with no_weights():
         network = network_class()
 
     def take(name, shape):
@@ -793,7 +793,6 @@ def agree_on_clips(args: Namespace, sides: list) -> int | None:
 def measure_features(args: Namespace, names: list[str]) -> tuple[dict, dict]:
     """FVD, KVD, FID and Inception Score of the two sides, and the protocol they hold under."""
     device = pick_device(args.device)
-    networks, files = load_networks(args, names, device)
     fake = open_side(args.fake, args.seed + 1, args, device)
     real = open_side(args.real, args.seed, args, device) if args.real else None
     sides = [side for side in (real, fake) if side]
@@ -803,6 +802,7 @@ def measure_features(args: Namespace, names: list[str]) -> tuple[dict, dict]:
     if args.split and sides[0] not in folders:
         raise UserError(f"--split is for a folder of videos: {args.real or args.fake} is none")
     size = agree_on_clips(args, sides)
+    networks, files = load_networks(args, names, device)
     sampling = {name: getattr(args, name) for name in ("frames", "stride", "split", "seed")}
 
     def take_real():

@@ -14,7 +14,7 @@ import re
 import signal
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import fields
 from datetime import timedelta
 from pathlib import Path
@@ -511,9 +511,16 @@ def check_weights(state: dict, expected: dict):
     refuse("not finite:", [k for k, x in state.items() if not x.isfinite().all()])
 
 
+@contextlib.contextmanager
+def no_weights() -> Iterator[None]:
+    """Modules built in this context know the shapes of their weights, and store nothing."""
+    with Unfilled(), torch.device("meta"):
+        yield
+
+
 class Unfilled(TorchFunctionMode):
-    """Weights of modules that are built in this context are left as they are. On the device "meta"
-    drawing them would take a second and a half, for imports alone."""
+    """Leaves new weights as they are. On the device "meta" drawing them would take a second and a
+    half, for imports alone."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         if getattr(function, "__module__", None) == "torch.nn.init":
@@ -526,7 +533,7 @@ def unpack(model_class: type, config_class: type, packed: dict) -> torch.nn.Modu
     that names what does not fit."""
     try:
         config, state = read_config(config_class, packed["config"]), packed["state"]
-        with Unfilled(), torch.device("meta"):  # no memory, whatever sizes the config asks for
+        with no_weights():  # whatever sizes the config asks for
             expected = model_class(config).state_dict()
         check_weights(state, expected)
         model = model_class(config)

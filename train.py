@@ -20,11 +20,11 @@ saving. Killed at any moment and resumed, on the same CPU, a run ends with the s
 Letters used here: `b` batch, `c` channels, `f` frames, `h w` height and width, `t` timestep.
 """
 
-from tools import DEVICES, Parser, Unfilled, UserError, accumulate, atomic_path, autocast, digest
+from tools import DEVICES, Parser, UserError, accumulate, atomic_path, autocast, digest
 from tools import first_process_first, fits, frame_size, join_processes, load_checkpoint, locked
-from tools import noted_signals, number, pack, parts, pick_device
-from tools import printable, process, processes, product_dtype, progress, read, read_log, restore
-from tools import run_command, save_atomically, say, set_fields, sum_over_processes, unpack
+from tools import no_weights, noted_signals, number, pack, parts, pick_device, printable, process
+from tools import processes, product_dtype, progress, read, read_log, restore, run_command
+from tools import save_atomically, say, set_fields, sum_over_processes, unpack
 
 import argparse
 import contextlib
@@ -1036,7 +1036,7 @@ def check_preset(name, preset):
     """Raises UserError where the parts of a preset do not fit together."""
     try:
         NoiseSchedule(preset.diffusion)
-        with Unfilled(), torch.device("meta"):  # nothing is stored or computed
+        with no_weights():  # nothing is computed either
             vae, unet = AutoencoderKL(preset.vae), UNet3D(preset.unet)
             TextEncoder(preset.text), Tokenizer.train([], preset.text.vocab_size)
             (width, height), levels = sides(preset.size), len(preset.unet.widths)

@@ -1,6 +1,7 @@
 """Does a model repeat its training clips?
 
     python experiments/nearest.py --data FOLDER --checkpoint MODEL
+    python experiments/nearest.py --data shapes --videos 36 --checkpoint MODEL
 
 For each clip the distance to the training clip that is nearest to it, a root mean square over all
 pixels in levels of 0 to 255, the median over clips; and how often that one has the same caption.
@@ -15,9 +16,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from tools import pick_device, print_row, run_command
+from tools import number, pick_device, print_row, run_command
 
-import itertools
 from dataclasses import replace
 
 import numpy as np
@@ -27,6 +27,7 @@ from data import FRAMES, VideoFolder, contact_sheet, read_ahead, write_picture
 from experiments.order import drawing_parser
 from experiments.reference import spoil
 from sample import load_pipeline
+from shapes import MovingShapes
 
 
 def root_mean_square(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -34,47 +35,51 @@ def root_mean_square(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return np.sqrt(np.square(a - b.astype(np.float32)).mean((-4, -3, -2, -1)))
 
 
-def nearest(checkpoint: str | Path, data: str, num: int, picture: str) -> None:
+def nearest(checkpoint: str | Path, data: str, videos: int, num: int, picture: str) -> None:
     """Prints the rows and draws the picture that the top of this file describes."""
     device = pick_device("auto")
     pipeline = load_pipeline(checkpoint, device)
+    form = {"frames": pipeline.frames, "size": pipeline.size}
+    dataset = MovingShapes(videos, **form) if data == "shapes" else VideoFolder(data, **form)
     networks, _ = metrics.load_networks(metrics.parse_args(["--fake", data]), ["fvd"], device)
-    dataset = VideoFolder(data, frames=pipeline.frames, size=pipeline.size)
     real = [clip for _, clip in read_ahead(dataset, range(len(dataset))) if clip is not None]
     clips = np.stack([sample.video for sample in real])
-    chosen = list(itertools.islice(itertools.cycle(real), num))
+    chosen = real[:num]
+    num = len(chosen)
     asked, rates = [s.caption for s in chosen], [s.fps for s in chosen]
-    videos = {
-        "real": clips,
-        "copy": np.stack([spoil(clip, "reconstructed", None, pipeline.vae) for clip in clips]),
+    shown = {
+        "real": [s.video for s in chosen],
+        "copy": [spoil(s.video, "reconstructed", None, pipeline.vae) for s in chosen],
         "generated": pipeline.generate(asked, fps=rates),
         "generated, one rate": pipeline.generate(asked, fps=np.median(rates)),
     }
-    sides, found = {}, {}
-    for name, some in videos.items():
-        samples = (replace(s, video=v) for s, v in zip(itertools.cycle(real), some))
-        sides[name] = metrics.extract(samples, len(some), networks, device, title=name)
-        distances = np.array([root_mean_square(video, clips) for video in some])
+    whole, found = metrics.extract(real, len(real), networks, device, title="training clips"), {}
+    for name, videos in shown.items():
+        samples = (replace(s, video=video) for s, video in zip(chosen, videos))
+        side = metrics.extract(samples, num, networks, device, title=name)
+        distances = np.array([root_mean_square(video, clips) for video in videos])
         if name == "real":
             np.fill_diagonal(distances, np.inf)
         found[name] = distances.argmin(1)
-        same = [s.caption == real[i].caption for s, i in zip(itertools.cycle(real), found[name])]
-        print_row(clips=name, num=len(some), distance=np.median(distances.min(1)),
-             same_caption=np.mean(same), **metrics.compare(sides["real"], sides[name], ["fvd"]))
+        same = [s.caption == real[i].caption for s, i in zip(chosen, found[name])]
+        print_row(clips=name, num=num, distance=np.median(distances.min(1)),
+                  same_caption=np.mean(same), **metrics.compare(whole, side, ["fvd"]))
     for warning in metrics.small_sample_warnings(["fvd"], num, FRAMES):
         print(f"warning: {warning}", file=sys.stderr)
     frames = np.linspace(0, FRAMES - 1, 8).round().astype(int)
     rows = []
     for i in np.linspace(0, num - 1, min(num, 4)).round().astype(int):
-        rows += [videos["generated"][i], clips[found["generated"][i]]]
+        rows += [shown["generated"][i], clips[found["generated"][i]]]
     sheets = [contact_sheet(video[frames], columns=len(frames)) for video in rows]
     write_picture(picture, np.concatenate(sheets))
 
 
 def parse_args(argv=None):
     """The command line."""
-    parser = drawing_parser(__doc__, 36, "clips to draw")
-    parser.add_argument("--data", required=True, metavar="FOLDER")
+    parser = drawing_parser(__doc__, 36, "training clips to draw again")
+    parser.add_argument("--data", required=True, metavar="shapes|FOLDER")
+    parser.add_argument("--videos", type=number(int, 1, 2**20), default=1000,
+                        help="that were trained on, with --data shapes (%(default)s)")
     parser.add_argument("--picture", default="samples/nearest.png", help="(%(default)s)")
     return parser.parse_args(argv)
 
