@@ -12,7 +12,10 @@ Letters used here: `f` frames, `h w` height and width. Videos are uint8 arrays o
 3).
 """
 
+from tools import run_command
+
 import zlib
+from collections.abc import Sequence
 from itertools import combinations
 from dataclasses import dataclass, replace
 
@@ -58,7 +61,7 @@ POLYGONS = {
 }
 
 
-def shape_distance(shape, x, y, angle):
+def shape_distance(shape: str, x: np.ndarray, y: np.ndarray, angle: np.ndarray) -> np.ndarray:
     """Signed distance to a shape of nominal radius 1 at the origin; negative inside.
 
     x, y: arrays of coordinates; angle: radians, clockwise on the screen (y points down). For
@@ -94,7 +97,7 @@ class Thing:
     y: float
     angle: float
 
-    def path(self, frames, fps):
+    def path(self, frames: int, fps: float) -> np.ndarray:
         """x, y, radius, angle of every frame: float32 arrays of shape (frames,).
 
         Each action lasts for its share of the clip (the whole, or one half), so the clip always
@@ -116,27 +119,29 @@ class Thing:
         path[2] = np.exp(path[2])
         return path.astype(np.float32)
 
-    def free(self, frames, fps):
+    def free(self, frames: int, fps: float) -> float:
         """The share of its way that an object gets before a wall stops it, in the action where that
         is least; 1 for what does not move."""
         x, y, _, _ = self.path(frames, fps)
         shares, parts = [1.0], len(self.actions)
         for i, action in enumerate(self.actions):
-            first, last = frames * i // parts, min(frames * (i + 1) // parts, frames - 1)
+            first, last = -(-frames * i // parts), min(frames * (i + 1) // parts, frames - 1)
             if action in DIRECTIONS and last > first:
                 way = np.array([x[last] - x[first], y[last] - y[first]]) @ DIRECTIONS[action]
                 shares.append(way / (SPEED * (last - first) / fps))
         return min(shares)
 
 
-def rates(action):
+def rates(action: str) -> np.ndarray:
     """Velocity (x, y, log radius, angle) per second of a motion word, shape (4,)."""
     dx, dy = DIRECTIONS.get(action, (0, 0))
     growth = {"grows": GROWTH, "shrinks": -GROWTH}.get(action, 0)
     return np.array([SPEED * dx, SPEED * dy, growth, SPIN if action == "spins" else 0])
 
 
-def place_in_frame(thing, rng, frames, fps, middle=False):
+def place_in_frame(
+    thing: Thing, rng: np.random.Generator, frames: int, fps: float, middle: bool = False
+) -> Thing:
     """The same thing somewhere from where most of its way is free.
 
     middle: it begins in the middle of the picture, where there is room for whatever comes after the
@@ -153,7 +158,7 @@ def place_in_frame(thing, rng, frames, fps, middle=False):
     raise ValueError(f"in {frames} frames, {fps:g} a second, things would run into the walls")
 
 
-def collide(scene, frames, fps):
+def collide(scene: list[Thing], frames: int, fps: float) -> bool:
     """Do two objects of a scene come too close to be told apart?"""
     paths = [(thing.path(frames, fps), REACH[thing.shape]) for thing in scene]
     return any(
@@ -162,13 +167,16 @@ def collide(scene, frames, fps):
     )
 
 
-def held_out(colour, shape, actions):
+def held_out(colour: str, shape: str, actions: tuple) -> bool:
     """The fixed rule that keeps a tenth of the (colour, shape, actions) combinations from
     training."""
     return zlib.crc32(f"{colour} {shape} {', '.join(actions)}".encode()) % 10 == 0
 
 
-def render(things, frames=FRAMES, fps=FPS, size=SIZE, where=slice(None)):
+def render(
+    things: list[Thing], frames: int = FRAMES, fps: float = FPS, size: int = SIZE,
+    where: slice | np.ndarray = slice(None),
+) -> np.ndarray:
     """Draw a scene: uint8 (f, size, size, 3), anti-aliased; later objects lie over earlier ones.
 
     where: the indices of the frames to draw, all by default."""
@@ -220,7 +228,7 @@ THEN = (", then ", " and then ", " then ", ", and then ")
 WHILE = (" while ", " and ", ", ", " as ")
 
 
-def describe(things, rng=None):
+def describe(things: list[Thing], rng: np.random.Generator | None = None) -> str:
     """The caption of a scene: the canonical one, or in half of the cases, if `rng` is given, one as
     people might type it."""
     varied = rng is not None and rng.random() < 0.5
@@ -247,8 +255,8 @@ class MovingShapes:
 
     split "train" leaves out the combinations of `held_out`; "heldout" has nothing but these, always
     a single object. `objects` fixes the number of objects (1 or 2; None draws it). `fps` fixes the
-    frame rate (None draws it from FPS_RANGE). Raises ValueError for unknown or contradictory
-    settings.
+    frame rate (None draws it from FPS_RANGE, for more frames from a higher one). Raises ValueError
+    for unknown or contradictory settings.
     """
 
     two_objects = 0.5  # share of scenes with two objects
@@ -256,9 +264,11 @@ class MovingShapes:
     from_middle = 0.8  # share of single objects that begin in the middle of the picture
     crowd = 4  # clips whose objects share a frame when single frames are learnt, at most
     skipped = {}  # as in `VideoFolder`: nothing here can be unreadable
+    form = "a [small|big] COLOUR SHAPE MOTION[, then MOTION]; two objects with `while`"
 
     def __init__(
-        self, length=10_000, split="train", seed=0, frames=FRAMES, size=SIZE, fps=None, objects=None
+        self, length: int = 10_000, split: str = "train", seed: int = 0, frames: int = FRAMES,
+        size: int = SIZE, fps: float | None = None, objects: int | None = None,
     ):
         if split not in ("train", "heldout"):
             raise ValueError(f"unknown split {split!r}: choose train or heldout")
@@ -275,15 +285,15 @@ class MovingShapes:
         caption, fps, scene = self.describe(index)
         return Sample(caption, render(scene, self.frames, fps, self.size), fps, scene)
 
-    def caption(self, index):
+    def caption(self, index: int) -> str:
         """The caption of a sample."""
         return self.describe(index)[0]
 
-    def captions(self, index):
+    def captions(self, index: int) -> list[str]:
         """All captions of a sample, as in `VideoFolder`: one."""
         return [self.caption(index)]
 
-    def random_frames(self, index, rng, count):
+    def random_frames(self, index: int, rng: np.random.Generator, count: int) -> np.ndarray:
         """`count` different frames of a clip: uint8 (count, h, w, 3).
 
         In training the objects of some other clips are drawn over them, because background, most of
@@ -295,16 +305,17 @@ class MovingShapes:
         where = rng.choice(self.frames, count, replace=False)
         return render(scene, self.frames, fps, self.size, where)
 
-    def identity(self):
+    def identity(self) -> str:
         """All that the pictures depend on, as text."""
-        return repr((PIXELS, sorted(vars(self).items())))
+        return repr((PIXELS, COLOURS, REACH, POLYGONS, sorted(vars(self).items())))
 
-    def describe(self, index):
+    def describe(self, index: int) -> tuple[str, float, list[Thing]]:
         """Caption, frame rate and scene of a sample without drawing it."""
         if not 0 <= index < self.length:
             raise IndexError(index)
         rng = np.random.default_rng((self.seed, index, self.split == "heldout"))
-        fps = self.fps or rng.uniform(*FPS_RANGE)
+        # More frames of the same action: in a longer one, things would run into the walls.
+        fps = self.fps or rng.uniform(*FPS_RANGE) * max(1, self.frames / FRAMES)
         count = self.objects or 1 + int(rng.random() < self.two_objects)
         while True:
             colours = rng.permutation(list(COLOURS))  # distinct, so that words tell objects apart
@@ -358,7 +369,7 @@ class Reading:
     actions: tuple
 
 
-def read_things(video, fps):
+def read_things(video: np.ndarray, fps: float) -> list[Reading]:
     """What is seen in a clip like those of `MovingShapes`: list of `Reading`, the largest first.
 
     video: uint8 (f, h, w, 3), square frames of any size; fps: frames per second. At most one object
@@ -385,7 +396,7 @@ def read_things(video, fps):
     return [reading for _, reading in sorted(found, key=lambda pair: -pair[0])]
 
 
-def actions_shown(video, fps=FPS):
+def actions_shown(video: np.ndarray, fps: float = FPS) -> tuple:
     """The actions of the largest object in a clip, in order; none where there is no object."""
     things = read_things(video, fps)
     return things[0].actions if things else ()
@@ -480,7 +491,9 @@ def _motion(frame, state, frames, fps):
     return MOTIONS[np.square(TEMPLATES - velocity / UNITS).sum(1).argmin()]
 
 
-def caption_accuracy(scenes, videos, fps):
+def caption_accuracy(
+    scenes: Sequence[list[Thing]], videos: Sequence[np.ndarray], fps: float | Sequence[float]
+) -> dict:
     """Share of clips that show what their captions say.
 
     scenes: a list of `Thing`s for each clip; videos: uint8 arrays (f, h, w, 3); fps: one number for
@@ -617,7 +630,7 @@ PARAPHRASES = {
 UNSEEN = {prompt.lower() for prompt in PARAPHRASES}
 
 
-def asked(meaning):
+def asked(meaning: str) -> list[Thing]:
     """The scene that a line of PARAPHRASES asks for, to be compared with `caption_accuracy`."""
     scene = []
     for part in meaning.split("; "):
@@ -626,10 +639,15 @@ def asked(meaning):
     return scene
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """The command: draws examples."""
     dataset = MovingShapes(length=8)
     for sample in dataset:
         print(f"{sample.fps:5.1f} fps  {sample.caption}")
     rows = [contact_sheet(sample.video, columns=FRAMES) for sample in dataset]
     write_picture("samples/shapes.png", np.concatenate(rows))
     print("samples/shapes.png")
+
+
+if __name__ == "__main__":
+    run_command(main)

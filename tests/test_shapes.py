@@ -177,6 +177,13 @@ def test_a_tenth_of_the_combinations_is_held_out():
 # ------------------------------------------------------------------------------ geometry
 
 
+@pytest.mark.parametrize("frames", [2, 3, 5, 24, 512])
+def test_more_frames_show_an_action_more_closely_not_for_longer(frames):
+    rates = [MovingShapes(200, frames=frames).describe(i)[1] for i in range(200)]
+    usual = [MovingShapes(200).describe(i)[1] for i in range(200)]
+    assert rates == pytest.approx([rate * max(1, frames / 16) for rate in usual])
+
+
 @pytest.mark.parametrize("settings", [{}, {"fps": FPS_RANGE[0]}, {"objects": 2}])
 def test_objects_stay_in_the_frame_and_apart(settings):
     dataset = MovingShapes(150, seed=4, **settings)
