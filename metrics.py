@@ -39,7 +39,7 @@ import sys
 import tarfile
 import tempfile
 from argparse import Namespace
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -112,7 +112,7 @@ class MaxPool3D(nn.Module):
     """Max-pool with SAME padding. TensorFlow pads with zeros, this with nothing, which is the same
     after a ReLU, where nothing is below zero."""
 
-    def __init__(self, kernel, stride):
+    def __init__(self, kernel: tuple, stride: tuple):
         super().__init__()
         self.kernel, self.stride = kernel, stride
 
@@ -125,7 +125,7 @@ class MaxPool3D(nn.Module):
 class Mixed(nn.Module):
     """I3D's Inception block: four branches, joined along the channels. widths: see I3D_LAYERS."""
 
-    def __init__(self, channels, widths):
+    def __init__(self, channels: int, widths: tuple):
         super().__init__()
         b0, b1a, b1b, b2a, b2b, b3b = widths
         self.b0 = Unit3D(channels, b0, 1)
@@ -183,7 +183,9 @@ class Unit2D(nn.Conv2d):
     """Convolution with its batch norm folded in, then ReLU. Without a stride it is padded to keep
     the size, unless padding is "valid"; with one it is not padded."""
 
-    def __init__(self, c_in, c_out, kernel, stride=1, padding="same"):
+    def __init__(
+        self, c_in: int, c_out: int, kernel: int | tuple, stride: int = 1, padding: str = "same"
+    ):
         super().__init__(c_in, c_out, kernel, stride, padding if stride == 1 else "valid")
 
     def forward(self, x: Tensor) -> Tensor:
@@ -198,7 +200,7 @@ max_pool = nn.MaxPool2d(3, stride=1, padding=1)
 class BlockA(nn.Module):
     """35x35 maps (Szegedy 2016, fig. 5), (b, c, h, w) -> (b, 224 + pooled, h, w)."""
 
-    def __init__(self, channels, pooled):
+    def __init__(self, channels: int, pooled: int):
         super().__init__()
         self.branch1x1 = Unit2D(channels, 64, 1)
         self.branch5x5_1, self.branch5x5_2 = Unit2D(channels, 48, 1), Unit2D(48, 64, 5)
@@ -215,7 +217,7 @@ class BlockA(nn.Module):
 class BlockB(nn.Module):
     """35x35 to 17x17 maps, (b, c, h, w) -> (b, 480 + c, h / 2, w / 2)."""
 
-    def __init__(self, channels):
+    def __init__(self, channels: int):
         super().__init__()
         self.branch3x3 = Unit2D(channels, 384, 3, stride=2)
         self.branch3x3dbl_1 = Unit2D(channels, 64, 1)
@@ -230,7 +232,7 @@ class BlockC(nn.Module):
     """17x17 maps (Szegedy 2016, fig. 6), (b, c, h, w) -> (b, 768, h, w). c7: channels inside the
     branches of 7s."""
 
-    def __init__(self, channels, c7):
+    def __init__(self, channels: int, c7: int):
         super().__init__()
         self.branch1x1 = Unit2D(channels, 192, 1)
         self.branch7x7_1, self.branch7x7_2 = Unit2D(channels, c7, 1), Unit2D(c7, c7, (1, 7))
@@ -250,7 +252,7 @@ class BlockC(nn.Module):
 class BlockD(nn.Module):
     """17x17 to 8x8 maps, (b, c, h, w) -> (b, 512 + c, h / 2, w / 2)."""
 
-    def __init__(self, channels):
+    def __init__(self, channels: int):
         super().__init__()
         self.branch3x3_1 = Unit2D(channels, 192, 1)
         self.branch3x3_2 = Unit2D(192, 320, 3, stride=2)
@@ -268,7 +270,7 @@ class BlockE(nn.Module):
     """8x8 maps (Szegedy 2016, fig. 7), (b, c, h, w) -> (b, 2048, h, w). pool: `average_pool` or
     `max_pool`."""
 
-    def __init__(self, channels, pool):
+    def __init__(self, channels: int, pool: nn.Module):
         super().__init__()
         self.branch1x1, self.branch3x3_1 = Unit2D(channels, 320, 1), Unit2D(channels, 384, 1)
         self.branch3x3_2a, self.branch3x3_2b = Unit2D(384, 384, (1, 3)), Unit2D(384, 384, (3, 1))
@@ -349,11 +351,11 @@ def cache_folder() -> Path:
 
 def sha256(path: str | Path) -> str:
     """SHA-256 of a file, as a hexadecimal string."""
-    digest = hashlib.sha256()
+    total = hashlib.sha256()
     with open(path, "rb") as file:
         while block := file.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()
+            total.update(block)
+    return total.hexdigest()
 
 
 class NumpyUnpickler(pickle.Unpickler):
@@ -367,7 +369,7 @@ class NumpyUnpickler(pickle.Unpickler):
         ("numpy", "dtype"): np.dtype,
     }
 
-    def find_class(self, module, name):
+    def find_class(self, module: str, name: str) -> Callable:
         if (module, name) not in self.admitted:
             raise UserError(f"a pickle of weights asks for {module}.{name}: refused")
         return self.admitted[module, name]
@@ -519,7 +521,9 @@ class FeatureStatistics:
         return self.scatter / (self.n - 1)
 
 
-def frechet_distance(real, fake) -> float:
+def frechet_distance(
+    real: Tensor | np.ndarray | FeatureStatistics, fake: Tensor | np.ndarray | FeatureStatistics
+) -> float:
     """|mu1 - mu2|^2 + Tr(S1 + S2 - 2 (S1 S2)^(1/2)) between Gaussians fitted to two sets.
 
     FID (Heusel 2017, eq. 6) and FVD (Unterthiner 2018). real, fake: features (n, d) or their
@@ -580,7 +584,10 @@ def inception_score(logits: Tensor | np.ndarray, splits: int = 10) -> tuple[floa
 # ------------------------------------------------------------------------------ clips
 
 
-def generate_clips(pipeline, captions: list, args: Namespace, fps=None, frames=None):
+def generate_clips(
+    pipeline: Pipeline, captions: Sequence[str], args: Namespace,
+    fps: float | Sequence[float] | None = None, frames: int | None = None,
+) -> Iterator[Sample]:
     """Yields a `Sample` for each caption, generated with seed + its index. fps: one number, or one
     for each caption; the model's own where it is None, and so are frames."""
     fps = np.broadcast_to(pipeline.fps if fps is None else fps, len(captions))
@@ -597,7 +604,7 @@ def generate_clips(pipeline, captions: list, args: Namespace, fps=None, frames=N
             yield Sample(caption, video, float(rate), [])
 
 
-def check_words(pipeline, captions: Iterable[str]) -> None:
+def check_words(pipeline: Pipeline, captions: Iterable[str]) -> None:
     """Raises UserError for captions with a word that the model never saw."""
     unknown = pipeline.tokenizer.unknown_words(" ".join(captions))
     if unknown:
@@ -626,7 +633,10 @@ def open_side(
     return folder
 
 
-def take_clips(side, seed: int, args: Namespace, captions=None, fps=None):
+def take_clips(
+    side: MovingShapes | VideoFolder | Pipeline, seed: int, args: Namespace,
+    captions: list[str] | None = None, fps: list[float] | None = None,
+) -> Iterator[Sample]:
     """Yields up to `args.num` `Sample`s of what `open_side` gave. captions and fps, one of each for
     a clip, are for a checkpoint; without them it draws captions like those of its training."""
     try:
@@ -650,7 +660,9 @@ def take_clips(side, seed: int, args: Namespace, captions=None, fps=None):
     yield from generate_clips(side, captions, args, fps, args.frames)
 
 
-def fingerprint(side, name: str, seed: int, args: Namespace) -> str | list:
+def fingerprint(
+    side: MovingShapes | VideoFolder | Pipeline, name: str, seed: int, args: Namespace
+) -> str | list:
     """What tells a side from others, and from itself after a change."""
     if isinstance(side, Pipeline):
         return [sha256(name), seed, args.steps, args.sampler, args.guidance]
@@ -931,8 +943,11 @@ def check_combination(args: Namespace, error: Callable[[str], None]) -> None:
         error("--num 1: a distance between sets needs two clips or more")
     if args.json:
         check_writable(args.json)
-        inputs = filter(None, (args.real, args.fake, args.i3d, args.inception))
-        if os.path.realpath(args.json) in map(os.path.realpath, inputs):
+        inputs = (args.real, args.fake, args.i3d or i3d_path(), args.inception)
+        inputs = [path for path in inputs if path and os.path.exists(path)]
+        here = args.json.parent.resolve() / args.json.name
+        places = [here, *here.parents, *here.resolve().parents]  # the file, and all it lies in
+        if here.exists() and any(os.path.samefile(x, y) for x in places for y in inputs):
             error(f"--json {args.json} would overwrite an input: choose another name")
 
 

@@ -42,7 +42,8 @@ from data import write_video
 from experiments.speed import memory_gib
 from tools import printable
 
-SECONDS, GIB = 120, 1  # that one input may take
+SECONDS, GIB = 60, 1  # that one input may take
+TINY = tiny_preset()
 
 # ------------------------------------------------------------------------------ good files
 
@@ -85,7 +86,7 @@ def tree(folder):
 @pytest.fixture(scope="module")
 def good(tiny_pipeline, tmp_path_factory):
     """{name: content} of good files; and as long as this lasts, the programs have tiny models."""
-    folder, preset = tmp_path_factory.mktemp("good"), tiny_preset()
+    folder = tmp_path_factory.mktemp("good")
     video = np.random.default_rng(0).integers(0, 255, (17, 32, 32, 3), np.uint8)
     files = {f"a.{form}": picture(video[:1], form) for form in ("png", "jpeg", "webp", "tiff")}
     files |= {"clip.webp": picture(video, "webp"), "clip.avi": encoded(video, "avi", "mpeg4"),
@@ -97,10 +98,9 @@ def good(tiny_pipeline, tmp_path_factory):
         patch.chdir(folder)
         patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
         for name in train.PRESETS:
-            patch.setitem(train.PRESETS, name, lambda: preset)
+            patch.setitem(train.PRESETS, name, lambda: TINY)
         patch.setattr(vae, "PatchDiscriminator",
                       functools.partial(discriminator, width=8, layers=1))
-        patch.setattr(train, "check_preset", functools.cache(train.check_preset))
         patch.setattr(train, "HELD_OUT", 8)
         patch.setattr(train, "draw_samples", lambda *_: None)
         patch.setattr(metrics, "load_i3d", lambda path: load_i3d(path) if path else Stub())
@@ -204,7 +204,14 @@ def bad_file(rng, content, *others):
 
 # ------------------------------------------------------------------------------ command lines
 
-PATHS = " a.png a.webp clip.gif clip.mp4 videos model.pt run/last.pt begun/vae.pt "
+PATHS = (" a.png a.webp clip.gif clip.mp4 videos videos/clip.gif model.pt run/model.pt run/last.pt "
+         "begun/vae.pt pipe ")
+PARTS = {"training": TINY.vae_training, "vae": TINY.vae, "vae_loss": TINY.vae_loss,
+         "text": TINY.text, "unet": TINY.unet, "diffusion": TINY.diffusion}
+SETTINGS = """0 1 2 3 8 32 0.5 -1 1e300 1e999 nan inf 10000000000000000000000 none true 1,1 32,64
+    8,16,16 true,true 0,0 () [[0,2]] (1,2),(2,0) linear eps x_start adamw muon x 1; '' [ {}"""
+SET = " ".join(f"{part}.{name}={value}" for part, config in PARTS.items() for name in vars(config)
+               for value in SETTINGS.split())  # small or impossible: in between, memory fills
 OPTIONS = {
     sample: {
         "--num": "1 2", "--seed": "7 5000000000", "--frames": "1 2 5 513", "--fps": "3 8 24 0.1",
@@ -217,12 +224,14 @@ OPTIONS = {
         "--checkpoint": PATHS,
     },
     train: {
-        "--data": "shapes" + PATHS, "--out": "run begun new videos/new" + PATHS, "--seed": "1",
-        "--preset": "shapes ucf101", "--init": PATHS, "--split": "train01 test03", "--flip": "",
+        "--data": "shapes" + PATHS, "--out": "run begun new . videos/new" + PATHS, "--seed": "1",
+        "--preset": "shapes ucf101", "--init": PATHS, "--vae": PATHS, "--vgg": PATHS, "--flip": "",
+        "--prompts": "lines.txt" + PATHS, "--split": "train01 test03", "--set": SET,
         "--clip-seconds": "1 0.2", "--stride": "1 2", "--steps": "1 3", "--batch-size": "1 2",
-        "--lr": "0 1e-3", "--videos": "1 3", "--ema": "0 1", "--easy-start": "0 5",
-        "--image-fraction": "0.5", "--grad-accum": "2", "--precision": "bf16 fp32", "--vgg": PATHS,
-        "--device": "cpu cuda", "--resume": "", "--compile": "", "--grad-checkpoint": "",
+        "--lr": "0 1e-3 1", "--videos": "1 3", "--frames": "2 3 17 24 512 513",
+        "--size": "8 16 33 48x32 32X32 0x32 32x4096 4097", "--grad-accum": "2 3",
+        "--precision": "bf16 fp32", "--device": "cpu cuda", "--resume": "", "--compile": "",
+        "--grad-checkpoint": "",
     },
     metrics: {
         "--real": "shapes" + PATHS, "--fake": "shapes" + PATHS, "--num": "1 2 3", "--i3d": PATHS,
@@ -232,6 +241,18 @@ OPTIONS = {
         "--device": "cpu cuda",
     },
 }  # fmt: skip
+OUTPUTS = {"--out", "--json", "--attention", "--denoising"}
+INPUTS = {option for options in OPTIONS.values() for option, values in options.items()
+          if PATHS in values} - OUTPUTS
+
+
+@pytest.mark.parametrize("module", OPTIONS)
+def test_every_option_is_tried_and_none_that_is_gone(module, capsys):
+    with pytest.raises(SystemExit):
+        module.parse_args(["--help"])
+    usage, _ = capsys.readouterr().out.split("\n\n", 1)
+    known = set(re.findall(r"--[\w-]+", usage)) - {"--help", "--fetch-i3d"}  # that is a download
+    assert known == set(OPTIONS[module])
 
 
 def command_lines(rng, good, module):
@@ -245,7 +266,8 @@ def command_lines(rng, good, module):
     words += {sample: [], train: ["--batch-size", "2"], metrics: ["--num", "2"]}[module]
     if module is train:
         words += ["--videos", "2"] if rng.random() < 0.7 else ["--data", "videos"]
-        words += ["--init", "begun/vae.pt"] if words[0] == "diffusion" else []
+        words += [rng.choice(["--init", "--vae"]), "begun/vae.pt"] * (words[0] == "diffusion")
+        words += ["--set", rng.choice(SET.split())] * (rng.random() < 0.3)
     elif module is metrics:
         words += ["--real", rng.choice(["videos", "shapes"])] * (rng.random() < 0.8)
     for option in rng.choices(list(OPTIONS[module]), k=rng.randrange(4)):
@@ -407,8 +429,6 @@ KINDS = {
 # ------------------------------------------------------------------------------ the rule
 
 ASIDE = re.compile(r"warning: |.*(\d%\||\dit \[|\dclip \[|\?it/s|\?clip/s)|\s*$")  # and progress
-INPUTS = ("--checkpoint", "--image", "--last-image", "--video", "--prompts", "--init", "--real",
-          "--fake", "--i3d", "--inception", "--vgg")  # fmt: skip
 
 
 def call(module, arguments):
@@ -431,20 +451,22 @@ def wrong_files(module, arguments, status, out, before):
     words = [word for argument in arguments for word in argument.split("=", 1)]
     value, after = dict(zip(words, words[1:])), tree(".")
     changed = {name for name in before | after if before.get(name) != after.get(name)}
-    given = {os.path.normpath(value[option]) for option in INPUTS if option in value}
+    given = [value[option] for option in INPUTS if value.get(option)]
+    lost = {name for name in changed & before.keys() if "--resume" not in arguments
+            and any(Path(name).is_relative_to(path) for path in given)}
     if module is train:  # in its own folder it may do all but lose a checkpoint
-        own = os.path.normpath(value["--out"]) + "/"
-        wrong = {name for name in changed if not name.startswith(own)
-                 or status and name.endswith(".pt") and name in before}  # fmt: skip
+        kept = ".pt" if status else ("model.pt", "vae.pt") if "--resume" not in arguments else ()
+        wrong = {name for name in changed if not Path(name).is_relative_to(value["--out"])
+                 or name in before and name.endswith(kept)}
     elif status:
         wrong = changed
     elif module is metrics:
-        wrong = changed - {os.path.normpath(value.get("--json", "."))} | changed & given
+        wrong = changed - {os.path.normpath(value.get("--json", "."))}
     else:
         printed = [] if "--words" in arguments else out.splitlines()
         printed = {os.path.normpath(line) for line in printed}
-        wrong = {printable(name) for name in changed} ^ printed | changed & given
-    return wrong | {name for name in after if re.match(r"\.\d+-", os.path.basename(name))}
+        wrong = {printable(name) for name in changed} ^ printed
+    return wrong | lost | {name for name in after if re.match(r"\.\d+-", os.path.basename(name))}
 
 
 def broken_rules(module, arguments, status, out, err, before):

@@ -648,6 +648,8 @@ def test_a_checkpoint_has_its_own_captions_frames_and_frame_rate(
     (("--fake", "FOLDER", "--metrics", "captions"), "a folder has no scenes"),
     (("--fake", "VIDEO", "--metrics", "captions"), "is one video: give a folder"),
     ((*BOTH, "--fake", "SWIMMERS", "--json", "SWIMMERS"), "would overwrite an input"),
+    ((*BOTH, "--fake", "SWIMMERS", "--json", "LINK"), "would overwrite an input"),
+    ((*BOTH, "--fake", "FOLDER", "--json", "VIDEO"), "would overwrite an input"),
     ((*BOTH, "--json", "EMPTY"), "cannot write"),
     ((*BOTH, "--json", "VIDEO/below.json"), "cannot write"),
     ((*BOTH, "--json", os.devnull), "is not a file"),
@@ -662,7 +664,7 @@ def test_mistakes_end_with_one_line(
 ):
     if "--i3d" in arguments:
         monkeypatch.setattr(metrics, "load_i3d", load_i3d)
-    places = {name: tmp_path / name for name in ("LARGER", "EMPTY", "SWIMMERS", "VIDEO")}
+    places = {name: tmp_path / name for name in ("LARGER", "EMPTY", "SWIMMERS", "LINK")}
     places |= {"FOLDER": folder, "VIDEO": next(folder.rglob("*.gif"))}
     places["EMPTY"].mkdir()
     if "LARGER" in arguments:
@@ -671,6 +673,7 @@ def test_mistakes_end_with_one_line(
     if "SWIMMERS" in arguments:
         tokenizer = Tokenizer.train(["a person swims"])
         save(tiny_pipeline.pack() | {"tokenizer": tokenizer.state_dict()}, places["SWIMMERS"])
+        os.link(places["SWIMMERS"], places["LINK"])
     arguments = [places.get(a, str(a).replace("VIDEO", str(places["VIDEO"]))) for a in arguments]
     status, line = command(*arguments)
     assert status == 2
