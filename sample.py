@@ -31,7 +31,9 @@ import os
 import re
 import sys
 import textwrap
+from argparse import Namespace
 from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -40,8 +42,8 @@ from einops import rearrange
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
-from data import FORMATS, FPS, FRAMES, UCF101, contact_sheet, middle_part, read_frames
-from data import read_image, sides, to_model, to_uint8, write_picture, write_video
+from data import FORMATS, FPS, FRAMES, IMAGES, UCF101, VIDEOS, contact_sheet, evenly, middle_part
+from data import read_frames, read_image, sides, to_model, to_uint8, write_picture, write_video
 from diffusion import SAMPLERS, DiffusionConfig, NoiseSchedule
 from diffusion import guided, reconstruction_guided, replaced
 from text_encoder import TextEncoder, TextEncoderConfig, Tokenizer, normalize
@@ -71,7 +73,10 @@ class Pipeline:
 
     precision = None  # of matrix products, as for `tools.autocast`
 
-    def __init__(self, tokenizer, text_encoder, unet, vae, schedule, device="cpu", data=None):
+    def __init__(
+        self, tokenizer: Tokenizer, text_encoder: TextEncoder, unet: UNet3D, vae: AutoencoderKL,
+        schedule: NoiseSchedule, device: str | torch.device = "cpu", data: dict | None = None,
+    ):
         self.device, self.data = torch.device(device), data or {}
         self.tokenizer, self.schedule, self.vae = tokenizer, schedule, vae.to(device)
         self.text_encoder, self.unet = text_encoder.to(device), unet.to(device)
@@ -90,10 +95,11 @@ class Pipeline:
 
     @torch.no_grad()
     def generate(
-        self, prompts: list, seed: int = 0, frames: int | None = None, fps=None, steps: int = STEPS,
-        sampler: str = SAMPLER, guidance: float = GUIDANCE, rescale: float = 0.0,
-        batch_size: int | None = None, pictures: dict | None = None, conditioning: str = "mask",
-        overlap: int = OVERLAP, watch=None,
+        self, prompts: list, seed: int = 0, frames: int | None = None,
+        fps: float | Sequence[float] | None = None, steps: int = STEPS, sampler: str = SAMPLER,
+        guidance: float = GUIDANCE, rescale: float = 0.0, batch_size: int | None = None,
+        pictures: dict | None = None, conditioning: str = "mask", overlap: int = OVERLAP,
+        watch: Callable | None = None,
     ) -> np.ndarray:
         """Videos for a list of prompts: uint8 (len(prompts), f, h, w, 3), f = `frames`.
 
@@ -125,6 +131,7 @@ class Pipeline:
             part, known, chunks = slice(start, start + batch_size), where, []
             noise = seeded_noise(seed + start, len(stories[part]), shape, self.device)
             given = torch.zeros(len(stories[part]), *shape, device=self.device)
+            # One context for all steps: it rounds each weight that may require gradients once.
             with autocast(self.device, self.precision):
                 if where:
                     shown = to_model(pictures[part]).to(self.device)
@@ -146,7 +153,10 @@ class Pipeline:
         videos[:, where] = pictures  # their own pixels, not what the autoencoder makes of them
         return videos
 
-    def denoiser(self, prompts, fps, guidance, rescale, given, known, conditioning):
+    def denoiser(
+        self, prompts: Sequence[str], fps: np.ndarray, guidance: float, rescale: float,
+        given: torch.Tensor, known: list[int], conditioning: str,
+    ) -> Callable:
         """The guided model(x_t, t) -> output for these prompts, frame rates (b,) and given frames.
 
         given: clean latents (b, c, f, h, w); known: the numbers of the frames to take from them.
@@ -174,7 +184,7 @@ class Pipeline:
         informed = reconstruction_guided if conditioning == "reconstruction" else replaced
         return informed(model, self.schedule, given, given_mask)
 
-    def check(self, stories, frames, overlap):
+    def check(self, stories: list[list[str]], frames: int, overlap: int) -> tuple[int, int]:
         """How many frames each story (a list of sentences) has, and how many stories to draw at
         once. Raises ValueError for those that cannot be drawn."""
         for story in stories:
@@ -193,7 +203,7 @@ class Pipeline:
         return length, max(1, AT_ONCE // (length * math.prod(sides(self.size))))
 
 
-def load_pipeline(path=CHECKPOINT, device="cpu") -> Pipeline:
+def load_pipeline(path: str | Path = CHECKPOINT, device: str | torch.device = "cpu") -> Pipeline:
     """Rebuild a Pipeline from a checkpoint alone. Raises UserError if it cannot be read."""
     checkpoint = load_checkpoint(path, "tokenizer", "text_encoder", "unet", "vae", "diffusion")
     vae = unpack(AutoencoderKL, VAEConfig, checkpoint["vae"])
@@ -215,18 +225,21 @@ def load_pipeline(path=CHECKPOINT, device="cpu") -> Pipeline:
     return Pipeline(tokenizer, text_encoder, unet, vae, schedule, device, data)
 
 
-def check_data(data, factor):
+def check_data(data: dict, factor: int) -> dict:
     """A checkpoint's "data" as in `Pipeline`; the sides of its size are multiples of `factor`.
     Raises ValueError."""
     (width, height), (low, high) = sides(data["size"]), data.get("fps", (FPS, FPS))
     if not (fits((width, height), (1, 1), 4096) and width % factor == height % factor == 0
             and fits(data.get("frames", FRAMES), FRAMES, 512) and 0.1 <= low <= high <= 1000
-            and all(isinstance(caption, str) for caption in data.get("captions", ()))):
+            and isinstance(data.get("captions", []), list)
+            and all(isinstance(x, str) for x in (data.get("form", ""), *data.get("captions", ())))):
         raise ValueError("its size, frames, fps or captions of the training data cannot be")
     return data | {"size": width if width == height else (width, height)}
 
 
-def stack_pictures(pictures, videos, frames, size):
+def stack_pictures(
+    pictures: dict, videos: int, frames: int, size: int | tuple
+) -> tuple[list[int], np.ndarray]:
     """The numbers of the given frames in order, and their pictures, uint8 (videos, len(pictures),
     h, w, 3), from `pictures` as in `Pipeline.generate`. ValueError if they do not fit."""
     where = sorted(pictures)
@@ -244,7 +257,7 @@ def stack_pictures(pictures, videos, frames, size):
     return where, stacked
 
 
-def seeded_noise(seed, count, shape, device):
+def seeded_noise(seed: int, count: int, shape: tuple, device: torch.device) -> Callable:
     """A function that draws unit noise (count, *shape), sample i from the seed `seed` + i."""
     # One generator per sample, on the CPU: the same noise for a seed on every device.
     generators = [torch.Generator().manual_seed(seed + i) for i in range(count)]
@@ -271,7 +284,9 @@ def word_attention(record: dict, tokenizer: Tokenizer, prompt: str) -> tuple:
     return words, torch.stack([part.sum(1) for part in parts]).numpy()
 
 
-def attention_picture(words, weights, video, cell: int = 48) -> np.ndarray:
+def attention_picture(
+    words: tuple, weights: np.ndarray, video: np.ndarray, cell: int = 48
+) -> np.ndarray:
     """A table of the frames in a row, and below them for each word how strongly each frame attends
     to it, the brighter the more: uint8 (h, w, 3). weights: (words, f), see `word_attention`."""
     width, height = cell * len(video), cell // 2 * len(words)
@@ -303,7 +318,7 @@ def captioned_grid(videos: np.ndarray, captions: list) -> np.ndarray:
     return rearrange(cells, "(r q) f h w c -> f (r h) (q w) c", q=columns)
 
 
-def write_denoising(path, believed):
+def write_denoising(path: Path, believed: np.ndarray) -> None:
     """What the model believes the clip to be at steps of sampling, uint8 (steps, f, h, w, 3):
     a .gif that shows the steps one after the other, or a .png with a row for each of up to 8."""
     if path.suffix == ".gif":
@@ -319,16 +334,16 @@ def write_denoising(path, believed):
 UNLIKE = 20  # levels of 255 that the autoencoder is wrong by where pictures are of another kind
 
 
-def grams(sentence):
+def grams(sentence: str) -> list[tuple]:
     """Its words and marks by none, one, two and three, with "" for its beginning and end; and a
     pair with itself of each that comes twice."""
-    parts = ["", *re.findall(r"\w+|[^\w\s]", sentence.lower()), ""]
+    parts = ["", *re.findall(r"\w+|[.,]", sentence.lower()), ""]
     twice = [(part, part) for part, count in Counter(parts[1:-1]).items() if count > 1]
     pairs, threes = zip(parts, parts[1:]), zip(parts, parts[1:], parts[2:])
     return [*[()] * len(parts), *zip(parts), *pairs, *threes, *twice]
 
 
-def is_new(gram, counts):
+def is_new(gram: tuple, counts: Counter) -> bool:
     """Is this in no caption, though five of them should have it by chance? counts: of the
     captions' grams; of the empty one, the number of all words and marks."""
     if counts[gram] or len(gram) < 2:
@@ -340,24 +355,31 @@ def is_new(gram, counts):
 
 
 @torch.no_grad()
-def warnings_about(pipeline, args, stories, pictures):
+def warnings_about(
+    pipeline: Pipeline, args: Namespace, stories: list[list[str]], pictures: dict
+) -> Iterator[str]:
     """Yields a line for everything that is asked for and was not trained."""
     sentences, data = list(dict.fromkeys(itertools.chain(*stories))), pipeline.data
     known, near = sorted(pipeline.tokenizer.words), []
     for word in pipeline.tokenizer.unknown_words(" ".join(sentences))[:9]:
-        close = difflib.get_close_matches(word, known, 1, 0.7)
+        like = [other for other in known if other[0] == word[0]] if len(word) > 3 else []
+        close = difflib.get_close_matches(word, like, 1, 0.7)
         near.append(f"{word!r} (did you mean {close[0]!r}?)" if close else repr(word))
     if near:
         yield f"the model never saw {', '.join(near)} in training and can only guess what is meant"
     captions = data.get("captions", ())
     counts = Counter(itertools.chain(*map(grams, captions)))
-    new = [s for s in sentences if any(is_new(gram, counts) for gram in grams(s))]
+    new = [s for s in sentences if not pipeline.tokenizer.unknown_words(s)
+           and any(is_new(gram, counts) for gram in grams(s))]
     for sentence in new[:3] if captions else ():
         like = map(repr, difflib.get_close_matches(sentence.lower(), captions, 2, 0))
         yield f"no sentence in training is built like {sentence!r}; there are {' or '.join(like)}"
-    low, high = data.get("fps", (0, math.inf))
+    if (near or new) and "form" in data:
+        yield f"what it understands looks like this: {data['form']}"
+    low, high = (round(rate, 1) for rate in data.get("fps", (0, math.inf)))
     for outside, line in (
-        (not low <= args.fps <= high, f"--fps {args.fps:g}: in training {low:g} to {high:g}"),
+        (not low <= round(args.fps, 1) <= high,
+         f"--fps {args.fps:g}: in training {low:g} to {high:g}"),
         (args.frames != data.get("frames", args.frames),
          f"--frames {args.frames}: in training {pipeline.frames}"),
         (args.guidance > 8, f"--guidance {args.guidance:g}: above 8 the picture suffers"),
@@ -376,7 +398,7 @@ def warnings_about(pipeline, args, stories, pictures):
 # ------------------------------------------------------------------------------ command line
 
 
-def parse_args(argv=None):
+def parse_args(argv: list[str] | None = None) -> Namespace:
     """The command line."""
     parser = Parser(description=__doc__)
     add = parser.add_argument
@@ -420,22 +442,23 @@ def parse_args(argv=None):
         "to be at each step, too; or FILE.png")
     args = parser.parse_intermixed_args(argv)  # options may stand between the sentences
     if bool(args.prompt) + (args.prompts is not None) + args.words != 1:
-        parser.error("say what should happen: in quotes, or in a file for --prompts")
+        parser.error("give one of: what should happen, in quotes; --prompts FILE; --words")
     return args
 
 
-def check_options(args):
+def check_options(args: Namespace) -> None:
     """Raises UserError for files that cannot be read or written, and for options that do not go
     together, as far as can be told without the checkpoint."""
     prompts = None if args.prompts == "captions" else args.prompts
     for path in (prompts, args.image, args.last_image, args.video):
         if path is not None and not os.path.isfile(path) and not os.path.isdir(path):
-            raise UserError(f"{path!r}: no such file")  # or a pipe, which would make us wait
+            kind = "not a file" if os.path.exists(path) else "no such file"  # a pipe: we would wait
+            raise UserError(f"{path!r}: {kind}")
     out, suffix, more = f"--out {args.out}", args.out.suffix.lower(), len(args.prompt) - 1
     several = args.num > 1 or args.prompts is not None
     extras = list(filter(None, (args.attention, args.denoising)))
     for wrong, message in (
-        (suffix in (".avi", ".jpg", ".jpeg", ".mkv", ".mov", ".webm", ".webp"),
+        (suffix in (*VIDEOS, *IMAGES) and suffix not in FORMATS,
          f"{out}: the formats are {', '.join(FORMATS)}"),
         (suffix in FORMATS and several and not args.grid,
          f"{out} is one file: give a folder, or add --grid"),
@@ -448,16 +471,18 @@ def check_options(args):
          f"{more + 1} prompts: put a sentence in quotes, or add --extend {more}"),
         (extras and (several or args.extend),
          "--attention and --denoising show one clip: no --num, --prompts or --extend"),
-        *((path.suffix not in (".gif", ".png"), f"{path} does not end in .gif or .png")
+        *((path.suffix.lower() not in (".gif", ".png"), f"{path} does not end in .gif or .png")
           for path in extras),
     ):
         if wrong:
             raise UserError(message)
+    if suffix not in FORMATS and args.out.exists() and not args.out.is_dir():
+        raise UserError(f"{out} is neither a folder nor a {', '.join(FORMATS)} file")
     for path in (args.out if suffix in FORMATS else args.out / "x", *extras):
         check_writable(path)
 
 
-def check_writable(path):
+def check_writable(path: Path) -> None:
     """Fails now rather than after the work, and leaves nothing behind. Raises UserError."""
     try:
         folder = next(p for p in path.absolute().parents if p.exists())
@@ -469,9 +494,11 @@ def check_writable(path):
         raise UserError(f"cannot write {path}: {reason(error)}") from error
 
 
-def read_prompts(path, most=10_000):
+def read_prompts(path: str | Path, most: int = 10_000) -> list[str]:
     """The sentences of a text file, one a line, from 1 to `most`. Raises UserError."""
     try:
+        if not os.path.isfile(path):  # a pipe, which would make us wait?
+            raise ValueError("not a file" if os.path.exists(path) else "no such file")
         with open(path, encoding="utf-8-sig") as file:
             lines = [line.strip() for line in file.read(2**24).splitlines() if line.strip()]
     except (OSError, ValueError) as error:
@@ -481,7 +508,7 @@ def read_prompts(path, most=10_000):
     return lines
 
 
-def read_stories(args, captions):
+def read_stories(args: Namespace, captions: Sequence[str]) -> list[list[str]]:
     """A list of sentences for each video, from the command line. Raises UserError."""
     if args.prompts is not None:
         lines = captions if args.prompts == "captions" else read_prompts(args.prompts)
@@ -495,7 +522,7 @@ def read_stories(args, captions):
     return [[UCF101.get(sentence.strip(), sentence) for sentence in story] for story in stories]
 
 
-def output_paths(args, stories):
+def output_paths(args: Namespace, stories: list[list[str]]) -> list[Path]:
     """The file of each video, or of --grid. Raises UserError where one would replace an input."""
     paths = [args.out]
     if args.out.suffix.lower() not in FORMATS:
@@ -516,7 +543,7 @@ def output_paths(args, stories):
     return paths
 
 
-def last_frames(times, count, fps):
+def last_frames(times: np.ndarray, count: int, fps: float) -> np.ndarray:
     """Which frames of a clip to go on from, for `read_frames`: up to `count`, `fps` a second, and
     the last is the clip's. Raises ValueError if the clip has none, or too few a second for that."""
     if not len(times):
@@ -530,7 +557,7 @@ def last_frames(times, count, fps):
     return index
 
 
-def read_given(args, size):
+def read_given(args: Namespace, size: int | tuple) -> dict[int, np.ndarray]:
     """{number of a frame: picture} of the frames that the command line gives, see `generate`."""
     pictures = {}
     for option, first in (("video", 0), ("image", 0), ("last_image", args.frames - 1)):
@@ -548,7 +575,7 @@ def read_given(args, size):
     return pictures
 
 
-def write(path, writer, *what):
+def write(path: Path, writer: Callable, *what: object) -> None:
     """writer(path, *what), and the path to stdout. Raises UserError if that is impossible."""
     try:
         writer(path, *what)
@@ -557,7 +584,9 @@ def write(path, writer, *what):
     print(printable(path))
 
 
-def draw_all(args, pipeline, stories, pictures, paths):
+def draw_all(
+    args: Namespace, pipeline: Pipeline, stories: list[list[str]], pictures: dict, paths: list[Path]
+) -> None:
     """Draws the videos and writes what the command line asks for, batch by batch."""
     batches, beliefs, grid = range(0, len(stories), args.batch_size), [], []
     bar = tqdm(desc="sampling", total=len(batches) * len(stories[0]) * args.steps)
@@ -572,8 +601,9 @@ def draw_all(args, pipeline, stories, pictures, paths):
     with recording as record, bar:
         for start in batches:
             videos = pipeline.generate(
-                stories[start : start + args.batch_size], args.seed + start, args.frames, args.fps,
-                args.steps, args.sampler, args.guidance, batch_size=args.batch_size, watch=watch,
+                stories[start : start + args.batch_size], seed=args.seed + start,
+                frames=args.frames, fps=args.fps, steps=args.steps, sampler=args.sampler,
+                guidance=args.guidance, batch_size=args.batch_size, watch=watch,
                 pictures=pictures, conditioning=args.conditioning, overlap=args.overlap)
             if args.grid:
                 grid.append(videos)
@@ -593,14 +623,17 @@ def draw_all(args, pipeline, stories, pictures, paths):
         write(args.denoising, write_denoising, believed)
 
 
-def main():
+def main() -> None:
     """The command: prints the path of each file."""
     args = parse_args()
     check_options(args)
     pipeline = load_pipeline(args.checkpoint, pick_device(args.device))
     captions = pipeline.data.get("captions", ())
     if args.words:
-        print(*map(printable, [" ".join(sorted(pipeline.tokenizer.words)), *captions]), sep="\n")
+        lines = ["words: " + " ".join(sorted(pipeline.tokenizer.words))]
+        lines += [f"form: {pipeline.data['form']}"] if "form" in pipeline.data else []
+        lines += [f"{len(captions)} captions, such as:", *evenly(captions, 20)]
+        print(*map(printable, lines), sep="\n")
         return
     args.frames, args.fps = args.frames or pipeline.frames, args.fps or pipeline.fps
     stories = read_stories(args, captions)
@@ -611,8 +644,8 @@ def main():
         stack_pictures(pictures, 0, args.frames, pipeline.size)
         pipeline.schedule.timesteps(args.steps)
         width, height = (side * args.upscale for side in sides(pipeline.size))
-        # Bytes of the pixels: more fill the memory.
-        if 3 * length * width * height * (len(stories) if args.grid else 1) > 2**30:
+        # Bytes of the pixels, of a grid of its copies as well: more fill the memory.
+        if 3 * length * width * height * (4 * len(stories) if args.grid else 1) > 2**30:
             raise UserError(f"one file of {length} frames of {width}x{height} pixels is too large: "
                             "lower --upscale, --frames or --extend, or leave out --grid")
         for line in warnings_about(pipeline, args, stories, pictures):
