@@ -21,7 +21,7 @@ import re
 import threading
 import warnings
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from fractions import Fraction
@@ -75,7 +75,7 @@ def sides(size: int | tuple) -> tuple[int, int]:
 FORMATS = (".gif", ".mp4", ".png")
 
 
-def write_video(path: Path, video: np.ndarray, fps: float = FPS, upscale: int = 1):
+def write_video(path: Path, video: np.ndarray, fps: float = FPS, upscale: int = 1) -> None:
     """Write uint8 (f, h, w, 3) as .gif, .mp4 or .png (a contact sheet of the frames, four in a
     row).
 
@@ -140,7 +140,7 @@ def _write_sheet(path, video, fps, upscale):
     Image.fromarray(sheet).save(path, "PNG")
 
 
-def write_picture(path: Path, picture: np.ndarray):
+def write_picture(path: Path, picture: np.ndarray) -> None:
     """Write uint8 (h, w, 3) as an image file, whole or not at all. Raises OSError."""
     with atomic_path(path) as temporary:
         Image.fromarray(picture).save(temporary)
@@ -827,14 +827,14 @@ def read_split(folder: Path, split: str) -> set[str]:
 
 def different(captions: list[str], count: int) -> list[str]:
     """So many captions, at most, that have as few words in common as can be."""
-    words = {caption: set(caption.split()) for caption in sorted(set(captions))}
-    nearest, chosen = dict.fromkeys(words, 1.0), []
+    parts = {caption: set(caption.split()) for caption in sorted(set(captions))}
+    nearest, chosen = dict.fromkeys(parts, 1.0), []
     while nearest and len(chosen) < count:
         chosen.append(max(nearest, key=nearest.get))
-        last = words[chosen[-1]]
+        last = parts[chosen[-1]]
         del nearest[chosen[-1]]
         for caption, distance in nearest.items():
-            common = len(words[caption] & last) / max(len(words[caption] | last), 1)
+            common = len(parts[caption] & last) / max(len(parts[caption] | last), 1)
             nearest[caption] = min(distance, 1 - common)
     return chosen
 
@@ -906,10 +906,10 @@ class VideoFolder:
         return DataError(f"none of the {len(self.items)} videos in {self.folder} can be used; "
                          f"{name}: {why}")
 
-    def caption(self, index: int, epoch: int = 0) -> str:
-        """One of them, drawn by (seed, i, epoch); that of epoch 0 is the one of `dataset[i]`."""
+    def caption(self, index: int) -> str:
+        """One of them, drawn by (seed, i): that of `dataset[i]`."""
         captions = self.captions(index)
-        return captions[np.random.default_rng((self.seed, index, epoch)).integers(len(captions))]
+        return captions[np.random.default_rng((self.seed, index)).integers(len(captions))]
 
     def random_frames(self, index: int, rng: np.random.Generator, count: int) -> np.ndarray:
         """`count` different frames of a video, cut out at one random place: uint8 (count, h, w,
@@ -1041,7 +1041,7 @@ def prefetch(function: Callable, items: Iterable, workers: int | None = None) ->
 
 
 def read_ahead(
-    dataset, indices: Iterable[int], workers: int | None = None
+    dataset: Sequence[Sample], indices: Iterable[int], workers: int | None = None
 ) -> Iterator[tuple[int, Sample | None]]:
     """Yields (index, `Sample`) for each index in order; the sample is None for a video that cannot
     be used, and `dataset.skipped` says why. Raises DataError where none is left."""

@@ -150,7 +150,7 @@ class NoiseSchedule:
         divisor = {"v": snr + 1, "eps": snr, "x_start": 1}[self.config.prediction]
         return snr.clamp(max=self.config.min_snr_gamma) / divisor
 
-    def timesteps(self, steps):
+    def timesteps(self, steps: int) -> list[int]:
         """`steps` decreasing timesteps, T (1 - i / steps)^1.5 - 1 for i = 0, 1, ...
 
         The first is T-1: starting below would hand pure noise to a network that expects some signal
@@ -248,7 +248,7 @@ def posterior(a: float, a_next: float) -> tuple[float, float, float]:
 
 @torch.no_grad()
 def ddpm_sample(model: Model, schedule: NoiseSchedule, x: Tensor, steps: int,
-                randn_like=torch.randn_like, watch=None) -> Tensor:
+                randn_like: Callable = torch.randn_like, watch: Callable | None = None) -> Tensor:
     """Ancestral sampling (DDPM Algorithm 2) over any number of steps."""
     x = x.float()
     for step, (t, a, a_next) in sampling_steps(schedule, steps):
@@ -264,7 +264,8 @@ def ddpm_sample(model: Model, schedule: NoiseSchedule, x: Tensor, steps: int,
 
 @torch.no_grad()
 def ddim_sample(model: Model, schedule: NoiseSchedule, x: Tensor, steps: int,
-                randn_like=torch.randn_like, watch=None, eta=0.0) -> Tensor:
+                randn_like: Callable = torch.randn_like, watch: Callable | None = None,
+                eta: float = 0.0) -> Tensor:
     """DDIM: eta 0 is deterministic, 1 is DDPM. ValueError unless 0 <= eta <= 1."""
     if not 0 <= eta <= 1:
         raise ValueError(f"eta must be between 0 and 1, got {eta}")
@@ -284,7 +285,8 @@ def ddim_sample(model: Model, schedule: NoiseSchedule, x: Tensor, steps: int,
 
 @torch.no_grad()
 def dpm_solver_sample(model: Model, schedule: NoiseSchedule, x: Tensor, steps: int,
-                      randn_like=torch.randn_like, watch=None) -> Tensor:
+                      randn_like: Callable = torch.randn_like,
+                      watch: Callable | None = None) -> Tensor:
     """DPM-Solver++(2M): second order, so few steps do. Deterministic: randn_like is not used."""
     x = x.float()
     x_start_last = h_last = None

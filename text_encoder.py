@@ -18,6 +18,7 @@ import itertools
 import math
 import re
 from collections import Counter, defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -37,13 +38,13 @@ PIECE = re.compile(r" ?\w+| ?[^\w\s]+|\s+(?!\S)|\s")
 WORD = re.compile(r"[^\W_]+")
 
 
-def normalize(text):
+def normalize(text: str) -> str:
     """Lower case, and one space before every word: "Red  circle " is " red circle". The first word
     needs it as well, or "red" at the start of a sentence would be other tokens than elsewhere."""
     return "".join(f" {word}" for word in text.lower().split())
 
 
-def merge_pair(ids, pair, new_id):
+def merge_pair(ids: list[int], pair: tuple[int, int], new_id: int) -> list[int]:
     """Replace each occurrence of `pair` in the list `ids` by `new_id`, from left to right."""
     merged, i = [], 0
     while i < len(ids):
@@ -56,7 +57,7 @@ def merge_pair(ids, pair, new_id):
     return merged
 
 
-def byte_ids(piece):
+def byte_ids(piece: str) -> list[int]:
     """The token ids of a string's UTF-8 bytes. A lone surrogate (not valid Unicode) becomes "?"."""
     return [FIRST_BYTE + byte for byte in piece.encode("utf-8", errors="replace")]
 
@@ -70,7 +71,7 @@ class Tokenizer:
     Raises ValueError if a merge uses an id that does not exist before it.
     """
 
-    def __init__(self, merges, words=(), first_space=True):
+    def __init__(self, merges: list, words: Iterable[str] = (), first_space: bool = True):
         self.first_space = first_space
         self.merges = [tuple(pair) for pair in merges]
         self.words = frozenset(word.lower() for word in words)
@@ -88,11 +89,11 @@ class Tokenizer:
         self.cache = {}                      # piece -> ids; captions repeat a small set of words
 
     @property
-    def vocab_size(self):
+    def vocab_size(self) -> int:
         return len(self.token_bytes)
 
     @classmethod
-    def train(cls, texts, vocab_size=512):
+    def train(cls, texts: Iterable[str], vocab_size: int = 512) -> "Tokenizer":
         """Learn merges from an iterable of strings (Sennrich 2016, algorithm 1).
 
         Repeatedly merges the most frequent adjacent pair, until the vocabulary has `vocab_size`
@@ -132,15 +133,15 @@ class Tokenizer:
             merges.append(best)
         return cls(merges, words)
 
-    def add_words(self, texts):
+    def add_words(self, texts: Iterable[str]) -> None:
         """Count the words of these texts, captions of a fine-tuning set, as known too."""
         self.words |= {word for text in texts for word in WORD.findall(normalize(text))}
 
-    def prepare(self, text):
+    def prepare(self, text: str) -> str:
         """The text as the model has learned to read it."""
         return normalize(text) if self.first_space else normalize(text).removeprefix(" ")
 
-    def encode_piece(self, piece):
+    def encode_piece(self, piece: str) -> list[int]:
         """Apply the merges to one piece, the earliest learned first, as training did."""
         if piece not in self.cache:
             ids = byte_ids(piece)
@@ -152,26 +153,26 @@ class Tokenizer:
             self.cache[piece] = ids
         return self.cache[piece]
 
-    def encode(self, text):
+    def encode(self, text: str) -> list[int]:
         """Token ids of any string, from start to end: "" gives [1, 2]."""
         ids = [i for piece in PIECE.findall(text) for i in self.encode_piece(piece)]
         return [START, *ids, END]
 
-    def decode(self, ids):
+    def decode(self, ids: Iterable[int]) -> str:
         """The string of a sequence of token ids; specials vanish, broken UTF-8 becomes U+FFFD."""
         return b"".join(self.token_bytes[i] for i in ids).decode("utf-8", errors="replace")
 
-    def unknown_words(self, text):
+    def unknown_words(self, text: str) -> list[str]:
         """Words of `text`, lower-cased, absent from the training texts; each once, in order."""
         words = dict.fromkeys(WORD.findall(text.lower()))
         return [word for word in words if word not in self.words]
 
-    def words_and_lengths(self, text):
+    def words_and_lengths(self, text: str) -> list[tuple[str, int]]:
         """[(word or mark, number of its tokens)] of a text as `batch` encodes it."""
         pieces = PIECE.findall(self.prepare(text))
         return [(piece.strip(), len(self.encode_piece(piece))) for piece in pieces]
 
-    def cut(self, text, length):
+    def cut(self, text: str, length: int) -> str:
         """The first words of a text, as many as `batch` takes with this context length; the text
         itself where that is all of them."""
         words = re.findall(" ?[^ ]+", self.prepare(text))
@@ -183,7 +184,8 @@ class Tokenizer:
         first = words[0].encode(errors="replace")[: length - 2].decode(errors="ignore")
         return "".join(words[: bisect.bisect(ends, length - 2)] or [first]).strip()
 
-    def batch(self, texts, context_length, device=None):
+    def batch(self, texts: list[str], context_length: int,
+              device: torch.device | None = None) -> tuple[Tensor, Tensor]:
         """Encode a list of strings, normalized, padded to the longest of them.
 
         Returns tokens (b, l) int64 and mask (b, l) bool, True at real tokens; l <= context_length.
@@ -199,14 +201,17 @@ class Tokenizer:
         tokens = torch.tensor(rows, dtype=torch.int64, device=device)
         return tokens, tokens != PAD         # `encode` never emits PAD
 
-    def state_dict(self):
+    def state_dict(self) -> dict:
         """Plain lists only, so that a checkpoint loads with `weights_only=True`."""
         merges = [list(pair) for pair in self.merges]
         return {"merges": merges, "words": sorted(self.words), "first_space": self.first_space}
 
     @classmethod
-    def from_state_dict(cls, state):
-        return cls(state["merges"], state["words"], state.get("first_space", False))
+    def from_state_dict(cls, state: dict) -> "Tokenizer":
+        first_space = state.get("first_space", False)
+        if type(first_space) is not bool:
+            raise ValueError(f"first_space cannot be {first_space!r:.40}")
+        return cls(state["merges"], state["words"], first_space)
 
 
 def attention_weights(q: Tensor, k: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -298,7 +303,7 @@ class TextEncoder(nn.Module):
         self.norm = nn.LayerNorm(config.width)
         self.init_weights()
 
-    def init_weights(self):
+    def init_weights(self) -> None:
         """Linear layers: Normal(0, 1 / fan-in); those that add to the residual path are smaller by
         1 / sqrt(2 depth), so that its variance does not grow with depth (Radford 2019, sec. 2.3).
 

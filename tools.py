@@ -14,14 +14,16 @@ import re
 import signal
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import fields
 from datetime import timedelta
 from pathlib import Path
+from typing import TextIO
 
 MAIN = Path(getattr(sys.modules["__main__"], "__file__", None) or "none")
 
-if MAIN.name in ("sample.py", "train.py", "metrics.py") or MAIN.parent.name == "experiments":
+COMMANDS = ("sample.py", "train.py", "metrics.py", "shapes.py")
+if MAIN.name in COMMANDS or MAIN.parent.name == "experiments":
     # A command is starting. An exception would not do: what is imported next may swallow it.
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, lambda *_: (os.write(2, b"interrupted\n"), os._exit(130)))
@@ -58,7 +60,7 @@ class Stream:
     """stdout or stderr. Where nobody reads it any more, what is written is lost and the work goes
     on; what its encoding does not have is escaped."""
 
-    def __init__(self, stream):
+    def __init__(self, stream: TextIO):
         self.stream = stream
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
@@ -66,7 +68,7 @@ class Stream:
     def __getattr__(self, name):
         return getattr(self.stream, name)
 
-    def write(self, text):
+    def write(self, text: str) -> int:
         """Write and flush; as `print` expects, the number of characters."""
         try:
             self.stream.write(text)
@@ -81,33 +83,36 @@ SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP")
 interrupts = []  # signals that asked this program to end
 
 
-def interrupt(number, frame):
+def interrupt(signum: int, frame: object) -> None:
     """A signal handler: Ctrl-C and its like as an exception."""
-    interrupts.append(number)
+    interrupts.append(signum)
     raise KeyboardInterrupt
 
 
 @contextlib.contextmanager
-def noted_signals():
+def noted_signals() -> Iterator[list[int]]:
     """A list that grows by the numbers of signals, instead of their usual effect: of Ctrl-C; of
     SIGTERM, with which torchrun and job schedulers end a process; and of SIGHUP, of a terminal that
-    was closed. A second one ends the program at once."""
-    handlers = {number: signal.getsignal(number) for number in SIGNALS}
+    was closed. A second one ends the program at once, but for torchrun's processes."""
+    handlers = {signum: signal.getsignal(signum) for signum in SIGNALS}
     handlers = {n: old for n, old in handlers.items() if old != signal.SIG_IGN}  # as by nohup
     noted = []
 
-    def note(number, frame):
-        noted.append(number)
-        if processes() == 1:  # torchrun passes signals on, so that each comes twice
-            signal.signal(number, handlers[number])
+    def restore_handlers():
+        for signum, handler in handlers.items():
+            signal.signal(signum, handler)
 
-    for number in handlers:
-        signal.signal(number, note)
+    def note(signum, frame):
+        noted.append(signum)
+        if processes() == 1:  # torchrun passes signals on, so that each comes twice
+            restore_handlers()
+
+    for signum in handlers:
+        signal.signal(signum, note)
     try:
         yield noted
     finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+        restore_handlers()
 
 
 def out_of_memory(error: Exception) -> bool:
@@ -119,14 +124,14 @@ def out_of_memory(error: Exception) -> bool:
     return full or isinstance(error, MemoryError)
 
 
-def run_command(command: Callable):
+def run_command(command: Callable) -> object:
     """Call `command()` for a command line. What the user can mend, such as a UserError or a full
     disk or memory, ends it with one line and exit status 2; Ctrl-C, SIGTERM and SIGHUP with status
     128 + the signal's number, after files that are not complete have been deleted."""
     interrupts.clear()
-    for number in SIGNALS:
-        if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
-            signal.signal(number, interrupt)
+    for signum in SIGNALS:
+        if signal.getsignal(signum) != signal.SIG_IGN:  # as under nohup
+            signal.signal(signum, interrupt)
     out, err = Stream(sys.stdout), Stream(sys.stderr)
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
@@ -152,13 +157,15 @@ class Parser(argparse.ArgumentParser):
     """Says in one line what is wrong, without argparse's summary of every option; and shows a
     description as it is written."""
 
-    def __init__(self, **options):
+    def __init__(self, **options: object):
         super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **options)
 
-    def error(self, message):
+    def error(self, message: str) -> None:
         self.exit(2, f"error: {printable(message)} (--help lists the options)\n")
 
-    def parse_known_args(self, args=None, namespace=None):
+    def parse_known_args(
+        self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
+    ) -> tuple[argparse.Namespace, list[str]]:
         for word in sys.argv[1:] if args is None else args:
             if word.startswith("--") and word.endswith("=--"):  # argparse would make it a list
                 self.error(f"{word}: -- is no value")
@@ -180,14 +187,14 @@ def number(kind: type, low: float, high: float) -> Callable:
 
 def frame_size(text: str) -> int | tuple:
     """An argparse type: the side of a square, or WIDTHxHEIGHT."""
-    parts = text.lower().split("x")
-    size = tuple(int(side) for side in parts if side.isdecimal())
-    if not len(parts) == len(size) < 3 or not 8 <= min(size) <= max(size) <= 4096:
+    sides = text.lower().split("x")
+    size = tuple(int(side) for side in sides if side.isdecimal())
+    if not len(sides) == len(size) < 3 or not 8 <= min(size) <= max(size) <= 4096:
         raise argparse.ArgumentTypeError(f"{text!r} is not 64 or 96x64, from 8 to 4096 pixels")
     return size[0] if len(set(size)) == 1 else size
 
 
-def print_row(**row):
+def print_row(**row: object) -> None:
     """A row of a table as one JSON line on stdout, numbers with four digits."""
     numbers = {k: v for k, v in row.items() if hasattr(v, "item") or isinstance(v, float)}
     print(json.dumps(row | {k: float(f"{v:.4g}") for k, v in numbers.items()}), flush=True)
@@ -195,14 +202,14 @@ def print_row(**row):
 
 # ------------------------------------------------------------------------------ messages
 
-def progress(items, title, done, total):
+def progress(items: Iterable, title: str, done: int, total: int) -> tqdm:
     """A progress bar on stderr around the items that are left."""
     interval = 0.5 if sys.stderr.isatty() else 60  # seconds; few lines when stderr is a file
     return tqdm(items, title, initial=done, total=total, mininterval=interval,
                 disable=process() > 0)
 
 
-def say(text):
+def say(text: str) -> None:
     """A line on stderr, above a progress bar if there is one."""
     if process() == 0:
         tqdm.write(text, file=sys.stderr)
@@ -229,7 +236,7 @@ def read_log(path: Path) -> list[dict]:
 # the first one alone writes files and messages. Without torchrun there is only the first one.
 
 
-def join_processes(device):
+def join_processes(device: torch.device) -> None:
     """Under torchrun: meet the other processes, and take one GPU each."""
     if "LOCAL_RANK" in os.environ:  # set by torchrun
         if device.type == "cuda":
@@ -239,18 +246,18 @@ def join_processes(device):
         dist.init_process_group(backend, timeout=timedelta(days=1))
 
 
-def processes():
+def processes() -> int:
     """How many there are."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def process():
+def process() -> int:
     """The number of this one; 0 is the first."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 @contextlib.contextmanager
-def first_process_first():
+def first_process_first() -> Iterator[None]:
     """The others do what is inside when the first one is through, with what it left on the disk."""
     if process() > 0:
         dist.barrier()
@@ -259,7 +266,7 @@ def first_process_first():
         dist.barrier()
 
 
-def parts(batch, count, device):
+def parts(batch: Sequence[torch.Tensor], count: int, device: torch.device) -> Iterator[tuple]:
     """This process's parts of a batch of tensors (b, ...), which is the same in every process, as
     pairs: the share of the batch that a part is, and its tensors. `count` parts in each process go
     one after the other, for --grad-accum."""
@@ -269,9 +276,9 @@ def parts(batch, count, device):
         yield len(part[0]) / len(batch[0]), [x.to(device, non_blocking=True) for x in part]
 
 
-def sum_over_processes(values, parameters=()):
-    """Adds up what the processes found, each in its share of the batch: a dict of scalar tensors,
-    which is returned, and the gradients of the parameters, where they are."""
+def sum_over_processes(values: dict, parameters: Iterable[torch.Tensor] = ()) -> dict:
+    """Sums over all processes: `values`, scalar tensors (returned), and the parameters' gradients
+    (in place)."""
     if processes() == 1:
         return values
     device = "cuda" if dist.get_backend() == "nccl" else "cpu"
@@ -286,7 +293,7 @@ def sum_over_processes(values, parameters=()):
     return dict(zip(values, tensors[0]))
 
 
-def accumulate(sums, share, values):
+def accumulate(sums: dict, share: float, values: dict) -> None:
     """Adds `share` times each of the values to the sum of the same name."""
     for name, value in values.items():
         value = value.detach() if isinstance(value, torch.Tensor) else value
@@ -344,9 +351,9 @@ def autocast(device: torch.device, precision: str | None = None) -> torch.autoca
 
 
 @contextlib.contextmanager
-def atomic_path(path):
-    """Gives a temporary path beside `path`: renamed onto it on success, deleted on any error. A
-    signal whose interrupt a library has swallowed is such an error, too."""
+def atomic_path(path: str | Path) -> Iterator[Path]:
+    """Gives a temporary path beside `path`: renamed onto it on success, deleted on any error. An
+    interrupt that a library swallowed counts as an error, too."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{os.getpid()}-{path.name}")
@@ -362,7 +369,7 @@ def atomic_path(path):
 
 
 @contextlib.contextmanager
-def locked(folder):
+def locked(folder: str | Path) -> Iterator[None]:
     """Makes a folder if need be, and keeps other runs out of it until the context ends or this
     process does. Raises UserError where another one is in it."""
     folder, handle = Path(folder), None
@@ -397,10 +404,11 @@ def load_tensors(path: Path, kind: str) -> object:
             warnings.simplefilter("ignore")  # of a foreign pickle, one error says enough
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # truncated archives and foreign files fail in many ways
-        raise UserError(f"{path} is not a readable {kind} ({reason(error):.80})") from error
+        raise UserError(f"{path} is not a readable {kind}: it is damaged, or holds other things "
+                        "than tensors and plain values") from error
 
 
-def save_atomically(checkpoint: dict, path: Path):
+def save_atomically(checkpoint: dict, path: Path) -> None:
     """torch.save that leaves the old file or the new one. Raises UserError."""
     with atomic_path(path) as temporary:
         try:
@@ -409,13 +417,13 @@ def save_atomically(checkpoint: dict, path: Path):
             raise UserError(f"cannot write {path}: is the disk full?") from error
 
 
-def load_checkpoint(path: Path, *parts: str) -> dict:
+def load_checkpoint(path: Path, *names: str) -> dict:
     """Read a checkpoint that holds at least the named parts. Raises UserError otherwise."""
     path = Path(path)
     if not path.is_file():
         raise UserError(f"no checkpoint at {path}: check the path, or train one with train.py")
     checkpoint = load_tensors(path, "checkpoint")
-    missing = [p for p in parts if not isinstance(checkpoint, dict) or p not in checkpoint]
+    missing = [x for x in names if not isinstance(checkpoint, dict) or x not in checkpoint]
     if missing:
         raise UserError(f"{path} has no {', '.join(missing)}: it is not a checkpoint of this kind")
     return checkpoint
@@ -439,7 +447,8 @@ def fits(value: object, default: object, high: int) -> bool:
 
 
 # Of whole numbers in configs, so that a damaged file takes neither time nor memory.
-LIMITS = {"blocks": 64, "depth": 64, "steps": 10**9, "easy_start": 10**9, "gan_start": 10**9}
+LIMITS = {"blocks": 64, "depth": 64,
+          **dict.fromkeys(("steps", "easy_start", "gan_start", "strides"), 10**9)}
 
 
 def read_config(config_class: type, values: dict) -> object:
@@ -487,7 +496,7 @@ def set_fields(configs: dict, assignments: list[str]) -> dict:
     return configs
 
 
-def check_weights(state: dict, expected: dict):
+def check_weights(state: dict, expected: dict) -> None:
     """Raises ValueError unless `state` has the names and shapes of `expected`, both state dicts,
     and holds finite numbers that take no more memory than the file did."""
     def usable(x):
@@ -532,6 +541,8 @@ def unpack(model_class: type, config_class: type, packed: dict) -> torch.nn.Modu
     """The inverse of `pack`: rebuild a model from a checkpoint alone, in float32. Raises UserError
     that names what does not fit."""
     try:
+        if not isinstance(packed, dict):
+            raise ValueError("it is no config with weights")
         config, state = read_config(config_class, packed["config"]), packed["state"]
         with no_weights():  # whatever sizes the config asks for
             expected = model_class(config).state_dict()
@@ -544,14 +555,14 @@ def unpack(model_class: type, config_class: type, packed: dict) -> torch.nn.Modu
 
 
 def digest(text: str, model: torch.nn.Module | None = None) -> str:
-    """A text that tells a text, and the weights of a model, from any others."""
+    """SHA-256 of a text and, if given, of a model's weights, in hex."""
     total = hashlib.sha256(text.encode())
     for value in model.state_dict().values() if model else ():
         total.update(value.numpy(force=True).tobytes())
     return total.hexdigest()
 
 
-def restore(state: dict, models: dict, optimizers: dict, path: Path):
+def restore(state: dict, models: dict, optimizers: dict, path: Path) -> None:
     """Fills models and optimizers with those of a training state, which was read from `path`.
     Raises UserError."""
     try:

@@ -38,6 +38,7 @@ import shlex
 import signal
 import time
 from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -51,7 +52,7 @@ from torch.utils.checkpoint import checkpoint
 from data import FRAMES, DataError, VideoError, VideoFolder, chart, contact_sheet, different
 from data import evenly, prefetch, read_ahead, sides, to_model, to_uint8, write_picture, write_video
 from diffusion import DiffusionConfig, NoiseSchedule, diffusion_loss
-from sample import Pipeline, captioned_grid, load_pipeline, read_prompts
+from sample import STEPS, Pipeline, captioned_grid, load_pipeline, read_prompts
 from shapes import MovingShapes
 from text_encoder import TextEncoder, TextEncoderConfig, Tokenizer, normalize
 from unet3d import SpaceTimeBlock, UNet3D, UNet3DConfig
@@ -66,8 +67,10 @@ def train_vae(
     """Stage 1: train the autoencoder on single frames; writes vae.pt. state: see `find_state`."""
     torch.manual_seed(args.seed)  # of the initial weights
     dataset, test, identity = open_dataset(args, preset)
-    weights = args.init and load_checkpoint(args.init, "vae")["vae"]
-    vae = unpack(AutoencoderKL, VAEConfig, weights) if weights else AutoencoderKL(preset.vae)
+    if args.init:
+        vae = unpack(AutoencoderKL, VAEConfig, load_checkpoint(args.init, "vae")["vae"])
+    else:
+        vae = AutoencoderKL(preset.vae)
     vae = vae.to(device).train()
     preset = adopt(args, preset, vae)
     run = Run(args, preset, state, {"data": identity})
@@ -135,7 +138,7 @@ def train_diffusion(
     tokenizer, preset = find_tokenizer(state, whole, captions, preset)
     run = Run(args, preset, state, {"data": identity, "autoencoder": digest("", vae)})
     config = run.config
-    captions, *words = encode_captions(tokenizer, captions, preset.text, device, others)
+    captions, *encoded = encode_captions(tokenizer, captions, preset.text, device, others)
     prompts = [tokenizer.cut(prompt, preset.text.context_length)
                for prompt in args.prompts or different(captions, 4)]
     text_encoder, unet, schedule = build_models(whole, preset)
@@ -144,7 +147,6 @@ def train_diffusion(
     ema, optimizers = EMA(model, config.ema), make_optimizers(model, config, args.precision)
     run.begin({"model": model, "ema": ema.model}, optimizers, tokenizer)
     economize(args, text_encoder, unet)
-
     with first_process_first():
         clips, fps, latents = encode_dataset(vae, dataset, device, run.out, args.precision)
     measured = draw_held_out(run, vae, held_out, device, len(captions), schedule)
@@ -164,9 +166,10 @@ def train_diffusion(
         values = {}
         for share, part in parts(batch, args.grad_accum, device):
             with autocast(device, args.precision):
-                losses = text_to_video_loss(model, schedule, *words, *part)
+                losses = text_to_video_loss(model, schedule, *encoded, *part)
             (share * losses.mean()).backward()
-            accumulate(values, share, by_noise(losses, part[4], schedule.config.timesteps))
+            *_, t, _, _ = part
+            accumulate(values, share, by_noise(losses, t, schedule.config.timesteps))
         values = sum_over_processes(values, model.parameters())
         values["grad"] = clip_grad_norm_(model.parameters(), config.grad_clip)
         values = read(values)
@@ -178,7 +181,7 @@ def train_diffusion(
         if run.due(step):
             path = run.out / f"samples/step_{step + 1:06d}.gif"
             draw_samples(pipeline, path, prompts, real, rates)
-            measure(run, step, model, schedule, words, measured, device)
+            measure(run, step, model, schedule, encoded, measured, device)
         run.save(step, lambda: save_pipeline(pipeline, run.out / "model.pt"))
     if process() == 0:
         print(f"python sample.py {shlex.quote(prompts[0])} --fps {rates[0]:g} --checkpoint "
@@ -193,7 +196,7 @@ def generator(seed: int, step: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed * 1_000_003 + step)
 
 
-def pinned(batch, device):
+def pinned(batch: Sequence[Tensor], device: torch.device) -> list[Tensor]:
     """Tensors where a GPU can fetch them by itself."""
     return [x.pin_memory() if device.type == "cuda" else x for x in batch]
 
@@ -203,7 +206,9 @@ def pictures(frames: Tensor | np.ndarray) -> Tensor:
     return to_model(frames[:, None])[:, :, 0]
 
 
-def draw_frames(dataset, seed: int, count: int, step: int, per_video: int = 2) -> np.ndarray:
+def draw_frames(
+    dataset: MovingShapes | VideoFolder, seed: int, count: int, step: int, per_video: int = 2
+) -> np.ndarray:
     """The frames of a step of stage 1: uint8 (count, h, w, 3). Raises DataError where no video can
     be used."""
     frames, attempt, failures = [], 0, 0
@@ -221,20 +226,25 @@ def draw_frames(dataset, seed: int, count: int, step: int, per_video: int = 2) -
     return np.concatenate(frames)[:count]
 
 
-def held_out_frames(held_out, dataset):
-    """HELD_OUT frames (n, 3, h, w) of the videos held out, or where the few of a small folder
-    cannot be used, of the others."""
+def held_out_frames(
+    held_out: MovingShapes | VideoFolder, dataset: MovingShapes | VideoFolder
+) -> Tensor:
+    """HELD_OUT frames (n, 3, h, w) of the held-out videos, fewer if they are very large; of the
+    training videos where none of those can be used."""
+    count = max(8, min(HELD_OUT, 2**24 // math.prod(sides(dataset.size))))
     try:
-        return pictures(draw_frames(held_out, 0, HELD_OUT, 0))
+        return pictures(draw_frames(held_out, 0, count, 0))
     except DataError:
-        return pictures(draw_frames(dataset, 0, HELD_OUT, 0))
+        return pictures(draw_frames(dataset, 0, count, 0))
 
 
-def make_vae_loss(args, config):
+def make_vae_loss(args: argparse.Namespace, config: VAELossConfig) -> VAELoss:
     """The preset's loss, and with --vgg the distance of VGG features. Raises UserError."""
     if args.vgg:
         config = replace(config, vgg_weight=config.vgg_weight or VGG_WEIGHT)
     try:
+        if args.vgg and not Path(args.vgg).is_file():
+            raise ValueError("no such file")
         return VAELoss(config, args.vgg)
     except Exception as error:  # as many kinds as there are wrong files
         raise UserError(f"--vgg {args.vgg} cannot be read as torchvision's vgg16-397923af.pth"
@@ -248,7 +258,9 @@ def psnr(x: Tensor, x_hat: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def show_frames(run, step, vae, test, device):
+def show_frames(
+    run: "Run", step: int, vae: AutoencoderKL, test: Tensor, device: torch.device
+) -> None:
     """PSNR of the held-out frames (b, 3, h, w) and a picture of some, above what became of them."""
     with autocast(device, run.args.precision):
         x_hat = torch.cat([vae.decode(vae.encode(x.to(device)).mean).cpu() for x in test.split(64)])
@@ -261,7 +273,8 @@ def show_frames(run, step, vae, test, device):
 
 
 @torch.no_grad()
-def measure_latents(vae, dataset, device, precision, videos=256):
+def measure_latents(vae: AutoencoderKL, dataset: MovingShapes | VideoFolder, device: torch.device,
+                    precision: str | None, videos: int = 256) -> None:
     """Store the mean and standard deviation of the training set's latents in the VAE."""
     vae.eval()
     # From all over the data set: the videos of a folder are in order.
@@ -290,10 +303,11 @@ def frame_stride(step: int, config: "TrainConfig") -> int:
     """N, where a step learns from every N-th frame of its clips. What words mean shows in four
     frames of an action as well as in sixteen, and in a quarter of the time. Such clips have a lower
     frame rate, as any clip of a longer action has."""
-    return next((n for share, n in config.strides if step < share * config.steps), 1)
+    return next((n for until, n in config.strides if step < until), 1)
 
 
-def draw_batch(seed, step, config, clips, fps, latents, schedule):
+def draw_batch(seed: int, step: int, config: "TrainConfig", clips: Tensor, fps: Tensor,
+               latents: Tensor, schedule: NoiseSchedule) -> tuple[Tensor, ...]:
     """The batch of a step of stage 2, and all that is random in it.
 
     clips: int64 (n,), the numbers of the clips whose frame rates (n,) and latents (n, c, f, h, w)
@@ -301,7 +315,7 @@ def draw_batch(seed, step, config, clips, fps, latents, schedule):
     latents (b, c, f, h, w); given_mask (b, f); timesteps (b,); noise like the latents; and which
     clips are single pictures (b,).
     """
-    stride = frame_stride(step, config)
+    stride = min(frame_stride(step, config), max(1, latents.shape[2] // 4))  # four frames are left
     fps, latents = fps / stride, latents[:, :, ::stride]
     rng, source = np.random.default_rng((seed, step)), generator(seed, step)
     index = rng.integers(len(latents), size=config.batch_size)
@@ -321,7 +335,9 @@ def draw_batch(seed, step, config, clips, fps, latents, schedule):
     return rows, fps[index], latents[index].float(), given_mask, t, noise, images
 
 
-def draw_given_frames(rng, batch: int, frames: int, text_only: float) -> Tensor:
+def draw_given_frames(
+    rng: np.random.Generator, batch: int, frames: int, text_only: float
+) -> Tensor:
     """Which frames the model is given clean: bool (batch, frames), at least one is left to draw.
 
     A share `text_only` gets none; the rest is divided evenly between the first frame (image to
@@ -349,7 +365,7 @@ def reword(seed: int, step: int, rows: Tensor, wordings: list[list[int]]) -> Ten
     return torch.tensor([i if i < 0 else int(rng.choice(wordings[i])) for i in rows.tolist()])
 
 
-def list_captions(dataset) -> tuple[list[str], list[list[int]]]:
+def list_captions(dataset: MovingShapes | VideoFolder) -> tuple[list[str], list[list[int]]]:
     """A caption of each video, then all others; and for each video the rows of its captions."""
     of = [dataset.captions(i) for i in range(len(dataset))]
     captions, wordings = [texts[0] for texts in of], []
@@ -360,8 +376,9 @@ def list_captions(dataset) -> tuple[list[str], list[list[int]]]:
 
 
 def text_to_video_loss(
-    model, schedule, tokens, token_mask, rows, fps, x_start, given_mask, t, noise, images
-):
+    model: nn.ModuleDict, schedule: NoiseSchedule, tokens: Tensor, token_mask: Tensor, rows: Tensor,
+    fps: Tensor, x_start: Tensor, given_mask: Tensor, t: Tensor, noise: Tensor, images: Tensor,
+) -> Tensor:
     """The losses (b,) of a part of a batch; tokens and their mask are of all captions, the rest is
     as from `draw_batch`."""
     tokens, token_mask = tokens[rows], token_mask[rows]  # always as long: compiled once
@@ -374,8 +391,8 @@ def text_to_video_loss(
 
 
 def by_noise(losses: Tensor, t: Tensor, timesteps: int) -> dict[str, Tensor]:
-    """The mean of losses (b,), and for each quarter of the timesteps what `averages` makes a mean
-    of: the sum of the losses with t (b,) in it and their number, both divided by b."""
+    """The mean of losses (b,). For each quarter of the timesteps also loss_i, the sum of its
+    losses, and share_i, their number, both divided by b: `averages` makes a mean of them."""
     values = {"loss": losses.mean()}
     for i in range(4):
         inside = (4 * t // timesteps == i).to(losses)
@@ -394,16 +411,18 @@ def averages(sums: dict[str, float], count: int) -> dict[str, float]:
 
 
 @torch.no_grad()
-def measure(run, step, model, schedule, words, batch, device):
+def measure(run: "Run", step: int, model: nn.ModuleDict, schedule: NoiseSchedule,
+            encoded: Sequence[Tensor], batch: Sequence[Tensor], device: torch.device) -> None:
     """The losses of the held-out clips of `draw_held_out`, in the log; and loss.png, a chart of
     these and the losses in training."""
     losses = []
     for part in zip(*(x.split(run.config.batch_size) for x in batch)):
         part = [x.to(device) for x in part]
         with autocast(device, run.args.precision):
-            losses.append(text_to_video_loss(model, schedule, *words, *part).cpu())
+            losses.append(text_to_video_loss(model, schedule, *encoded, *part).cpu())
     if losses:
-        values = by_noise(torch.cat(losses), batch[4], schedule.config.timesteps)
+        *_, t, _, _ = batch
+        values = by_noise(torch.cat(losses), t, schedule.config.timesteps)
         values = averages(read(values), 1)
         run.record_line(step, {f"held_out_{name}": value for name, value in values.items()})
         say("held-out " + "  ".join(f"{name} {value:.4f}" for name, value in values.items()))
@@ -415,7 +434,8 @@ def measure(run, step, model, schedule, words, batch, device):
         write_picture(run.out / "samples/loss.png", chart(curves, "steps", "loss"))
 
 
-def draw_held_out(run, vae, held_out, device, first, schedule):
+def draw_held_out(run: "Run", vae: AutoencoderKL, held_out: MovingShapes | VideoFolder,
+                  device: torch.device, first: int, schedule: NoiseSchedule) -> tuple[Tensor, ...]:
     """A batch of HELD_OUT held-out clips as from `draw_batch`, the same in every run; empty where
     none of them can be used. first: the row of the first one's caption."""
     if process() > 0:
@@ -427,24 +447,28 @@ def draw_held_out(run, vae, held_out, device, first, schedule):
     except DataError:
         return ()
     config = replace(run.config, batch_size=HELD_OUT)
-    # As in a step that no run comes to: nothing is easier there than it stays.
+    # Step 10**9 is past every easy start and stride.
     return draw_batch(run.args.seed, 10**9, config, clips + first, fps, latents, schedule)
 
 
-def find_tokenizer(state, whole, captions, preset):
-    """The tokenizer of what training goes on from, or a new one for these captions; and the preset,
-    for a new one with a context as long as the longest caption, if that is at most LONGEST tokens.
-    """
+def find_tokenizer(
+    state: dict | None, whole: Pipeline | None, captions: list[str], preset: "Preset"
+) -> tuple[Tokenizer, "Preset"]:
+    """The tokenizer of what training goes on from, or a new one for these captions; and the preset.
+    With a new tokenizer its context grows to the longest caption, to LONGEST tokens at most."""
     known = state and state["tokenizer"] or whole and whole.tokenizer
     if known:
         return known, preset
     tokenizer = Tokenizer.train(captions, preset.text.vocab_size)
     longest = max(len(tokenizer.encode(normalize(caption))) for caption in captions)
     context_length = max(preset.text.context_length, min(longest, LONGEST))
+    if context_length > preset.text.context_length:
+        say(f"the longest caption has {longest} tokens: text.context_length is {context_length}")
     return tokenizer, replace(preset, text=replace(preset.text, context_length=context_length))
 
 
-def encode_captions(tokenizer, captions, config, device, others=()):
+def encode_captions(tokenizer: Tokenizer, captions: list[str], config: TextEncoderConfig,
+                    device: torch.device, others: Sequence[str] = ()) -> tuple:
     """The captions, cut after a word where they are longer than the context; tokens and mask of
     these, then of `others`, last of the null caption. The tokenizer learns their words. Raises
     UserError."""
@@ -468,14 +492,16 @@ def save_pipeline(pipeline: Pipeline, path: Path) -> None:
     save_atomically(packed, path)
 
 
-def describe_data(dataset, captions: list[str], fps: Tensor) -> dict:
+def describe_data(dataset: MovingShapes | VideoFolder, captions: list[str], fps: Tensor) -> dict:
     """What a checkpoint says of the data that it was trained on, see `Pipeline`."""
     rates = [fps.min().clamp(0.1).item(), fps.max().clamp(max=1000).item()]
-    return {"frames": dataset.frames, "size": dataset.size, "fps": rates,
-            "captions": evenly(captions, 1000)}
+    form = {"form": dataset.form} if isinstance(dataset, MovingShapes) else {}
+    return form | {"frames": dataset.frames, "size": dataset.size, "fps": rates,
+                   "captions": evenly(captions, 6000)}
 
 
-def real_clips(dataset, captions, wordings, clips, fps, prompts):
+def real_clips(dataset: MovingShapes | VideoFolder, captions: list[str], wordings: list[list[int]],
+               clips: list[int], fps: Tensor, prompts: list[str]) -> tuple[np.ndarray, list[float]]:
     """For each prompt a clip with that caption, (n, f, h, w, 3), black where there is none; and the
     frame rates to draw it with, that of the clip or the median. clips: numbers of those encoded;
     wordings: see `list_captions`."""
@@ -492,7 +518,9 @@ def real_clips(dataset, captions, wordings, clips, fps, prompts):
     return np.stack(real), rates
 
 
-def draw_samples(pipeline, path, prompts, real, rates):
+def draw_samples(
+    pipeline: Pipeline, path: Path, prompts: list[str], real: np.ndarray, rates: list[float]
+) -> None:
     """The prompts drawn with fixed seeds, each beside its real clip and above its words."""
     videos = np.concatenate([pipeline.generate(prompts, fps=rates), real], axis=3)
     large = videos.repeat(2, axis=2).repeat(2, axis=3)
@@ -502,7 +530,7 @@ def draw_samples(pipeline, path, prompts, real, rates):
 # ------------------------------------------------------------------------------ models, data
 
 
-def load_models(args):
+def load_models(args: argparse.Namespace) -> tuple[AutoencoderKL, Pipeline | None]:
     """The autoencoder to train on, and where --init is a model.pt its whole Pipeline, else None."""
     path = Path(args.init or args.vae or Path(args.out) / "vae.pt")
     if not path.is_file() and not (args.init or args.vae):
@@ -515,14 +543,16 @@ def load_models(args):
     return unpack(AutoencoderKL, VAEConfig, weights["vae"]), None
 
 
-def build_models(whole, preset):
+def build_models(whole: Pipeline | None, preset: "Preset") -> tuple:
     """Text encoder, UNet and noise schedule: of a Pipeline, or new ones."""
     if whole:
         return whole.text_encoder, whole.unet, whole.schedule
     return TextEncoder(preset.text), UNet3D(preset.unet), NoiseSchedule(preset.diffusion)
 
 
-def adopt(args, preset, vae, whole=None):
+def adopt(
+    args: argparse.Namespace, preset: "Preset", vae: AutoencoderKL, whole: Pipeline | None = None
+) -> "Preset":
     """The preset with the configs of the models that training starts from; a line says where they
     differ from its own. Raises UserError where the parts do not fit together."""
     configs = {"vae": vae.config}
@@ -540,7 +570,7 @@ def adopt(args, preset, vae, whole=None):
     return preset
 
 
-def open_dataset(args, preset):
+def open_dataset(args: argparse.Namespace, preset: "Preset") -> tuple:
     """Two data sets, the one to train on and what is held out to measure with, each `MovingShapes`
     or a `VideoFolder`; and a digest of all that their pictures depend on. Raises DataError."""
     settings = {"seed": args.seed, "frames": preset.frames, "size": preset.size}
@@ -554,7 +584,7 @@ def open_dataset(args, preset):
     return *dataset.divide(), digest(dataset.identity())
 
 
-def report_skipped(dataset, out):
+def report_skipped(dataset: MovingShapes | VideoFolder, out: Path) -> None:
     """List the videos that cannot be used in skipped.txt, each once, with the reason."""
     path = out / "skipped.txt"
     text = "".join(f"{name}: {why}\n" for name, why in sorted(dataset.skipped.items()))
@@ -566,7 +596,8 @@ def report_skipped(dataset, out):
 
 
 @torch.no_grad()
-def encode_dataset(vae, dataset, device, out, precision=None, name="latents"):
+def encode_dataset(vae: AutoencoderKL, dataset: MovingShapes | VideoFolder, device: torch.device,
+                   out: Path, precision: str | None = None, name: str = "latents") -> tuple:
     """Numbers (n,), frame rates (n,) and latents float16 (n, c, f, h, w) of every usable clip.
 
     Each clip is encoded once, into `name`.bin in the folder `out`. The file is mapped into memory,
@@ -604,7 +635,7 @@ def encode_dataset(vae, dataset, device, out, precision=None, name="latents"):
     return torch.tensor(clips), torch.tensor(fps), torch.from_numpy(latents)
 
 
-def read_contents(path, key, length):
+def read_contents(path: Path, key: str, length: int) -> tuple[list[int], list[float]]:
     """What such a file says: numbers of the encoded clips below `length` and their frame rates;
     none where it is damaged or has another key."""
     with contextlib.suppress(OSError, ValueError, TypeError, KeyError, RecursionError):
@@ -644,12 +675,13 @@ class Muon(torch.optim.Optimizer):
     fit. dtype: see `orthogonalize`.
     """
 
-    def __init__(self, params, lr, momentum=0.95, weight_decay=0.0, dtype=torch.float32):
+    def __init__(self, params: list[nn.Parameter], lr: float, momentum: float = 0.95,
+                 weight_decay: float = 0.0, dtype: torch.dtype = torch.float32):
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
         self.dtype = dtype
 
     @torch.no_grad()
-    def step(self):
+    def step(self) -> None:
         """Move each matrix by its gradient, all matrices of one shape together."""
         for group in self.param_groups:
             stacks = defaultdict(list)  # matrices of one shape go together: large products are fast
@@ -661,10 +693,10 @@ class Muon(torch.optim.Optimizer):
                     if "momentum" not in self.state[p]:
                         self.state[p]["momentum"] = torch.zeros_like(p.grad)
                 grads = [p.grad for p in params]
-                averages = [self.state[p]["momentum"] for p in params]
-                torch._foreach_lerp_(averages, grads, 1 - group["momentum"])
+                momenta = [self.state[p]["momentum"] for p in params]
+                torch._foreach_lerp_(momenta, grads, 1 - group["momentum"])
                 # Nesterov's look ahead
-                updates = torch._foreach_lerp(grads, averages, group["momentum"])
+                updates = torch._foreach_lerp(grads, momenta, group["momentum"])
                 updates = [u.flatten(1) for u in updates]
                 stack = torch.stack([u if u.shape[1] == long else u.T for u in updates])
                 stack = orthogonalize(stack, self.dtype)
@@ -714,7 +746,7 @@ def learning_rate(step: int, config: "TrainConfig") -> float:
     return config.lr * min(1, rise, fall)
 
 
-def set_learning_rate(optimizers, step, config):
+def set_learning_rate(optimizers: dict, step: int, config: "TrainConfig") -> None:
     for optimizer in optimizers.values():
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, config)
@@ -727,20 +759,19 @@ class EMA:
     initialisation.
     """
 
-    def __init__(self, model, decay):
-        self.model = copy.deepcopy(model).eval().requires_grad_(False)
+    def __init__(self, model: nn.Module, decay: float):
+        self.model = copy.deepcopy(model).eval()
         self.decay = decay
 
     @torch.no_grad()
-    def update(self, model, step):
+    def update(self, model: nn.Module, step: int) -> None:
         decay = min(self.decay, (1 + step) / (10 + step))
-        averages, values = list(self.model.parameters()), list(model.parameters())
-        torch._foreach_lerp_(averages, values, 1 - decay)
+        torch._foreach_lerp_(list(self.model.parameters()), list(model.parameters()), 1 - decay)
 
 
-def economize(args, *modules):
+def economize(args: argparse.Namespace, *modules: nn.Module) -> None:
     """--grad-checkpoint and --compile, which change neither the weights nor their names."""
-    torch.backends.cudnn.benchmark = True  # of training: the shapes of all steps are the same
+    torch.backends.cudnn.benchmark = True  # a run has few shapes
     for module in modules:
         for block in module.modules():
             if args.grad_checkpoint and isinstance(block, (SpaceTimeBlock, ResBlock)):
@@ -765,7 +796,9 @@ class Run:
     state: see `find_state`; digests: of what training starts from, by name. Raises UserError.
     """
 
-    def __init__(self, args, preset, state, digests):
+    def __init__(
+        self, args: argparse.Namespace, preset: "Preset", state: dict | None, digests: dict
+    ):
         self.args, self.out, self.stage, self.preset = args, Path(args.out), args.stage, preset
         self.config = getattr(preset, f"{args.stage}_training")
         self.state, self.record = state, describe_run(args, preset, digests)
@@ -779,7 +812,7 @@ class Run:
                     raise UserError(f"{self.out / 'last.pt'} was started with {name} {then}, not "
                                     f"{now}: use the same, or choose another --out")
 
-    def begin(self, models, optimizers, tokenizer=None):
+    def begin(self, models: dict, optimizers: dict, tokenizer: Tokenizer | None = None) -> None:
         """Models and optimizers, dicts of what will be saved, as they were when last.pt was
         written; and a folder ready for what comes. Raises UserError."""
         self.models, self.optimizers, self.tokenizer = models, optimizers, tokenizer
@@ -801,9 +834,9 @@ class Run:
             what = {"arguments": vars(self.args), "preset": asdict(self.preset)}
             path.write_text(json.dumps(what, indent=2) + "\n")
 
-    def steps(self):
-        """The remaining step numbers, behind a progress bar. A signal of `noted_signals` lets the
-        step come to its end and be saved, and is raised then."""
+    def steps(self) -> Iterator[int]:
+        """The remaining step numbers, behind a progress bar. After a signal (`noted_signals`) the
+        step is finished and saved, then the signal is raised."""
         self.saved = time.monotonic()
         with noted_signals() as self.signals:
             remaining = range(self.start, self.config.steps)
@@ -816,13 +849,13 @@ class Run:
             signal.raise_signal(self.signals[0] if self.signals else signal.SIGINT)
             raise KeyboardInterrupt
 
-    def check_finite(self, *values):
+    def check_finite(self, *values: float) -> None:
         """Raises UserError unless all of these numbers are finite."""
         if not math.isfinite(sum(values)):
-            raise UserError("the loss is not finite any more: go on from the last checkpoint with "
-                            "--resume and a lower --lr or --precision fp32")
+            raise UserError("loss or weights are not finite any more: go on from the last "
+                            "checkpoint with --resume and a lower --lr or --precision fp32")
 
-    def log(self, step, values):
+    def log(self, step: int, values: dict[str, float]) -> None:
         """Every `log_every` steps, the means since the last time: an aligned line on stderr and a
         JSON object in log.jsonl."""
         stop = sum_over_processes({"stop": torch.tensor(len(self.signals))})["stop"]
@@ -838,23 +871,25 @@ class Run:
         say(f"step {done:6d}  {text}  lr {lr:.1e}")
         self.record_line(step, means | {"lr": lr})
 
-    def record_line(self, step, values):
+    def record_line(self, step: int, values: dict[str, float]) -> None:
         """Append one JSON object to log.jsonl."""
         if process() == 0:
             with (self.out / "log.jsonl").open("a") as file:
                 file.write(json.dumps({"stage": self.stage, "step": step + 1, **values}) + "\n")
 
-    def due(self, step):
+    def due(self, step: int) -> bool:
         """Is it time for sample pictures and a checkpoint after this step?"""
         last = step + 1 == self.config.steps
         return process() == 0 and (last or (step + 1) % self.config.save_every == 0)
 
-    def save(self, step, write_result=None):
-        """Where it is due, ten minutes have passed, or Ctrl-C was pressed: write last.pt, the whole
-        training state. Before that call `write_result()`, for the file that a finished stage
-        leaves."""
-        late = time.monotonic() - self.saved > SAVE_SECONDS
-        if process() > 0 or not (self.due(step) or late or self.stopping):
+    def save(self, step: int, write_result: Callable | None = None) -> None:
+        """Where it is due, and not just done, or ten minutes have passed, or Ctrl-C was pressed:
+        write last.pt, the whole training state. Before that call `write_result()`, for the file
+        that a finished stage leaves."""
+        least, most = SAVE_SECONDS
+        waited, last = time.monotonic() - self.saved, step + 1 == self.config.steps
+        now = last or self.stopping or waited > most or self.due(step) and waited >= least
+        if process() > 0 or not now:
             return
         weights = [v.float().sum() for m in self.models.values() for v in m.state_dict().values()]
         self.check_finite(torch.stack(weights).sum().item())  # or nothing good would be kept
@@ -863,7 +898,7 @@ class Run:
         save_atomically({
             "stage": self.stage, "record": self.record, "step": step + 1,
             "gan_start": self.preset.vae_loss.gan_start, "easy_start": self.config.easy_start,
-            "logged": self.logged, "sums": self.sums,
+            "strides": self.config.strides, "logged": self.logged, "sums": self.sums,
             "tokenizer": self.tokenizer and self.tokenizer.state_dict(),
             "models": {name: model.state_dict() for name, model in self.models.items()},
             "optimizers": {name: o.state_dict()["state"] for name, o in self.optimizers.items()},
@@ -871,14 +906,14 @@ class Run:
         self.saved = time.monotonic()
 
 
-SAVE_SECONDS = 600  # between two checkpoints at most
+SAVE_SECONDS = 120, 600  # between two checkpoints, at least and at most
 UNFINISHED = re.compile(  # names that `atomic_path` gives to what a run writes
     r"\.\d+-(config\.json|log\.jsonl|(latents|held_out)\.json|skipped\.txt|(vae|last|model)\.pt"
     r"|(vae|step)_\d+\.(png|gif)|loss\.png)"
 )
 
 
-def describe_run(args, preset, digests):
+def describe_run(args: argparse.Namespace, preset: "Preset", digests: dict) -> dict:
     """What must be the same when a run goes on, by name; the rest (steps, learning rate) may
     change."""
     names = ("preset", "seed", *CLIP_OPTIONS)
@@ -892,7 +927,7 @@ def describe_run(args, preset, digests):
     return record
 
 
-def find_state(args) -> dict | None:
+def find_state(args: argparse.Namespace) -> dict | None:
     """What `Run.save` wrote, to go on from; None for a run that begins. Raises UserError where that
     would overwrite or mix runs."""
     out, stage = Path(args.out), args.stage
@@ -905,15 +940,18 @@ def find_state(args) -> dict | None:
                         f"{state['stage']}, or choose another --out")
     if args.resume and not (out / "config.json").is_file():
         raise UserError(f"there is no {stage} run in {out} to resume")
+    result = out / ("vae.pt" if stage == "vae" else "model.pt")
     if args.resume:
         say(f"{out} has no checkpoint of the {stage} stage yet: it begins at step 1")
+    elif result.exists():
+        raise UserError(f"{result} would be overwritten: choose another --out")
     return None
 
 
 def read_state(path: Path) -> dict:
     """What `Run.save` wrote, its tokenizer rebuilt. Raises UserError for anything else."""
-    examples = {"stage": "", "record": {}, "step": 0, "gan_start": 0, "easy_start": 0, "logged": 0,
-                "sums": {}, "models": {}, "optimizers": {}}
+    examples = {"stage": "", "record": {}, "step": 0, "gan_start": 0, "easy_start": 0,
+                "strides": ((0, 1),), "logged": 0, "sums": {}, "models": {}, "optimizers": {}}
     state = load_checkpoint(path, *examples, "tokenizer")
     try:
         wrong = [name for name, like in examples.items() if not fits(state[name], like, 10**9)]
@@ -950,7 +988,7 @@ class TrainConfig:
     text_only: float = 0.5  # share of clips in which no frame is given clean
     image_fraction: float = 0.0  # share of clips whose frames are learnt as single pictures
     easy_start: int = 0  # steps of easier questions at first, see `beginning`
-    strides: tuple = ((0.0, 1),)  # (share of the steps, N): until then every N-th frame
+    strides: tuple = ((0, 1),)  # pairs (step, N): every N-th frame until then, see `frame_stride`
     log_every: int = 50
     save_every: int = 500  # checkpoint and sample pictures
 
@@ -962,6 +1000,8 @@ class TrainConfig:
         for name in ("decay", "ema", "caption_dropout", "text_only", "image_fraction"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be from 0 to 1, got {getattr(self, name)}")
+        if not all(len(pair) == 2 and pair[1] > 0 for pair in self.strides):
+            raise ValueError(f"strides must be pairs (step, N), N at least 1, got {self.strides}")
 
 
 @dataclass(frozen=True)
@@ -991,7 +1031,7 @@ PRESETS = {  # functions, so that one that contradicts itself stops nobody who t
         diffusion=DiffusionConfig(shift=3.0),
         diffusion_training=TrainConfig(
             steps=9000, batch_size=16, lr=1e-3, decay=0.65, optimizer="muon", easy_start=1600,
-            strides=((0.45, 4), (0.75, 2)), videos=12_000, text_only=0.7,
+            strides=((4050, 4), (6750, 2)), videos=12_000, text_only=0.7,
         ),
     ),
     "ucf101": lambda: Preset(
@@ -1032,10 +1072,10 @@ CLIP_OPTIONS = ("split", "clip_seconds", "stride", "flip")  # of `VideoFolder`
 
 
 @torch.no_grad()
-def check_preset(name, preset):
+def check_preset(name: str, preset: Preset) -> None:
     """Raises UserError where the parts of a preset do not fit together."""
     try:
-        NoiseSchedule(preset.diffusion)
+        NoiseSchedule(preset.diffusion).timesteps(STEPS)
         with no_weights():  # nothing is computed either
             vae, unet = AutoencoderKL(preset.vae), UNet3D(preset.unet)
             TextEncoder(preset.text), Tokenizer.train([], preset.text.vocab_size)
@@ -1054,13 +1094,13 @@ def check_preset(name, preset):
 # ------------------------------------------------------------------------------ command line
 
 
-def options(**values) -> str:
+def options(**values: object) -> str:
     """The command-line options that set these values; none for what is not set."""
     line = []
     for name, value in values.items():
         if value is not None and value is not False and value != []:
-            values = value if isinstance(value, list) else [] if value is True else [value]
-            line += [f"--{name.replace('_', '-')}", *(shlex.quote(str(value)) for value in values)]
+            words = value if isinstance(value, list) else [] if value is True else [value]
+            line += [f"--{name.replace('_', '-')}", *(shlex.quote(str(word)) for word in words)]
     return " ".join(line)
 
 
@@ -1116,7 +1156,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def add_memory_options(group):
+def add_memory_options(group: argparse._ArgumentGroup) -> None:
     """The options that trade memory and time, and leave what is learned as it is."""
     option = group.add_argument
     option("--grad-accum", type=number(int, 1, 10**6), default=1, metavar="N",
@@ -1131,9 +1171,8 @@ def add_memory_options(group):
 
 
 def configure(args: argparse.Namespace, state: dict | None = None) -> Preset:
-    """The preset with the command line's values in place of its own. What begins or ends at a step
-    does so after the same share of a shorter or longer run, and at the same step of one that goes
-    on from `state`. Raises UserError."""
+    """The preset with the command line's values in place of its own. Steps at which something
+    begins or ends scale with --steps; a resumed run keeps those of `state`. Raises UserError."""
     try:
         preset = PRESETS[args.preset]()
     except ValueError as error:
@@ -1142,25 +1181,27 @@ def configure(args: argparse.Namespace, state: dict | None = None) -> Preset:
     own, names = getattr(preset, stage), ("vae", "vae_loss", "text", "unet", "diffusion")
     flags = {name: getattr(args, name) for name in ("steps", "batch_size", "lr", "videos")}
     chosen = args.set + [f"training.{k}={v}" for k, v in flags.items() if v is not None]
-    parts = {name: getattr(preset, name) for name in names} | {"training": own}
-    parts = set_fields(parts, chosen)
-    steps, gan_start = parts["training"].steps, preset.vae_loss.gan_start
-    state, context_length = state or {"record": {}}, parts["text"].context_length
+    configs = {name: getattr(preset, name) for name in names} | {"training": own}
+    configs = set_fields(configs, chosen)
+    steps, gan_start = configs["training"].steps, preset.vae_loss.gan_start
+    state, context_length = state or {"record": {}}, configs["text"].context_length
     follows = {  # from other values, unless it is chosen, too
         "training.easy_start": state.get("easy_start", own.easy_start * steps // own.steps),
+        "training.strides": state.get("strides", [(t * steps // own.steps, n)
+                                                  for t, n in own.strides]),
         "vae_loss.gan_start": state.get("gan_start", gan_start * steps // own.steps),
         "text.context_length": state["record"].get("text.context_length", context_length),
-        "unet.channels": parts["vae"].latent_channels,
-        "unet.text_width": parts["text"].width,
+        "unet.channels": configs["vae"].latent_channels,
+        "unet.text_width": configs["text"].width,
     }
-    parts = set_fields(parts, [f"{name}={value}" for name, value in follows.items()] + chosen)
-    preset = replace(preset, **{stage: parts.pop("training")}, **parts,
+    configs = set_fields(configs, [f"{name}={value}" for name, value in follows.items()] + chosen)
+    preset = replace(preset, **{stage: configs.pop("training")}, **configs,
                      size=args.size or preset.size, frames=args.frames or preset.frames)
     check_preset(args.preset, preset)
     return preset
 
 
-def check(args, preset, device):
+def check(args: argparse.Namespace, preset: Preset, device: torch.device) -> None:
     """Raises UserError where options do not fit together, or to this machine."""
     for name, stage in {"vgg": "vae", "vae": "diffusion", "prompts": "diffusion"}.items():
         if getattr(args, name) is not None and args.stage != stage:

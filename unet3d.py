@@ -27,7 +27,7 @@ from einops import rearrange, reduce, repeat
 from torch import Tensor, nn
 
 from text_encoder import attention, attention_weights
-from vae import GroupNorm, Upsample
+from vae import GroupNorm, Upsample, zero_init
 
 
 @dataclass(frozen=True)
@@ -54,10 +54,10 @@ class UNet3DConfig:
 
 
 def rotary_table(positions: Tensor, width: int) -> Tensor:
-    """Cosines and sines of the angles that `rotary` turns by, (2, f, width / 2), of the positions
-    (f,)."""
+    """Cosines and sines, (2, f, width / 2), of the angles by which `rotary` turns the frames at
+    `positions` (f,)."""
     half = width // 2
-    # The slowest pair turns once in about 2 pi * 100 frames: longer than any clip here.
+    # The slowest pair turns once in hundreds of frames.
     angles = positions[:, None] * 100.0 ** (-torch.arange(half, device=positions.device) / half)
     return torch.stack([angles.cos(), angles.sin()])
 
@@ -72,14 +72,6 @@ def rotary(x: Tensor, table: Tensor) -> Tensor:
     cos, sin = table.to(x.dtype)
     x1, x2 = x.chunk(2, dim=-1)
     return torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin], dim=-1)
-
-
-def zero_init(layer: nn.Module) -> nn.Module:
-    """Start a residual branch at zero: the network begins as its skip path, which trains stably,
-    and temporal attention begins by leaving frames independent."""
-    nn.init.zeros_(layer.weight)
-    nn.init.zeros_(layer.bias)
-    return layer
 
 
 def sinusoidal(x: Tensor, width: int, highest: float) -> Tensor:
@@ -323,7 +315,7 @@ class UNet3D(nn.Module):
         b, _, frames, height, width = x.shape
         stride = 2 ** (len(self.config.widths) - 1)
         if height % stride or width % stride:
-            raise ValueError(f"latent sides {height}x{width} must divide by {stride}")
+            raise ValueError(f"latent sides {height}x{width} must be multiples of {stride}")
         if not b == len(t) == len(context) == len(context_mask) == len(fps):
             raise ValueError(f"{b} latents need as many timesteps, contexts, masks and frame rates")
         if (given is None) != (given_mask is None):

@@ -57,6 +57,14 @@ class GroupNorm(nn.GroupNorm):
             return F.group_norm(x, self.num_groups, weight, bias, self.eps)
 
 
+def zero_init(layer: nn.Module) -> nn.Module:
+    """Start a residual branch at zero: the network begins as its skip path, which trains stably,
+    and temporal attention begins by leaving frames independent."""
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
 class ResBlock(nn.Module):
     """x + conv(silu(norm(conv(silu(norm(x)))))), (b, c_in, h, w) -> (b, c_out, h, w)."""
 
@@ -65,10 +73,8 @@ class ResBlock(nn.Module):
         self.norm1 = GroupNorm(groups, c_in)
         self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
         self.norm2 = GroupNorm(groups, c_out)
-        self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
+        self.conv2 = zero_init(nn.Conv2d(c_out, c_out, 3, padding=1))
         self.skip = nn.Identity() if c_in == c_out else nn.Conv2d(c_in, c_out, 1)
-        nn.init.zeros_(self.conv2.weight)  # a block starts as its skip: depth costs no signal
-        nn.init.zeros_(self.conv2.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.conv1(F.silu(self.norm1(x)))
@@ -83,9 +89,7 @@ class Attention(nn.Module):
         super().__init__()
         self.norm = GroupNorm(groups, channels)
         self.qkv = nn.Conv2d(channels, 3 * channels, 1)
-        self.out = nn.Conv2d(channels, channels, 1)
-        nn.init.zeros_(self.out.weight)
-        nn.init.zeros_(self.out.bias)
+        self.out = zero_init(nn.Conv2d(channels, channels, 1))
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = rearrange(self.qkv(self.norm(x)), "b (k c) h w -> k b 1 (h w) c", k=3)
@@ -153,7 +157,7 @@ class Decoder(nn.Module):
     def forward(self, z: Tensor) -> Tensor:
         return F.pixel_shuffle(self.conv_out(self.features(z)), self.patch)
 
-    def compile(self, *args, **kwargs):
+    def compile(self, *args: object, **kwargs: object) -> None:
         """All but the last layer: compiled code goes backward once only, and `adaptive_weight`
         passes there twice before the whole loss does."""
         self.features = torch.compile(self.features, *args, **kwargs)
@@ -223,7 +227,7 @@ class AutoencoderKL(nn.Module):
         """The weight at which reconstruction and adversarial gradients are compared."""
         return self.decoder.conv_out.weight
 
-    def set_latent_statistics(self, latents: Tensor):
+    def set_latent_statistics(self, latents: Tensor) -> None:
         """latents: unnormalized (b, c, f, h, w) of the training set, on the CPU."""
         channels = rearrange(latents.double(), "b c f h w -> c (b f h w)")
         self.latent_mean.copy_(channels.mean(1).float())  # some devices have no float64

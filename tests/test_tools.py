@@ -115,6 +115,17 @@ def test_what_an_encoding_lacks_is_escaped(monkeypatch, tmp_path):
     assert (tmp_path / "out").read_text() == "samples/\\u5b57.gif\n"
 
 
+def test_a_second_signal_of_any_kind_ends_the_program():
+    for signum in tools.SIGNALS:
+        signal.signal(signum, tools.interrupt)
+    with tools.noted_signals() as noted:
+        signal.raise_signal(signal.SIGTERM)
+        assert noted == [signal.SIGTERM]
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    tools.interrupts.clear()
+
+
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="looks into /proc")
 def test_ctrl_c_during_the_imports_is_one_line():
     for pause in (0.1, 0.6):
