@@ -1,8 +1,8 @@
 """Why is each part of the model there? Train without it, and see.
 
-    python experiments/ablate.py --arm baseline              # 10 minutes
-    python experiments/ablate.py --arm pooled-text flow      # 20 minutes
-    python experiments/ablate.py                             # all, three seeds each: 7 hours
+    python experiments/ablate.py --arm baseline --seeds 1       # 10 minutes
+    python experiments/ablate.py --arm pooled-text flow         # three seeds each: an hour
+    python experiments/ablate.py                                # all: 7 hours
 
 A small model learns a small world: circles of six colours that move in one of four directions, then
 in another. Every arm differs from the baseline in one part, and trains for the same time. Then it
@@ -240,7 +240,7 @@ def parse_args(argv=None):
     )
     parser.add_argument(
         "--minutes", type=number(float, 0.0001, 1e5), default=10.0,
-        help="of training for each arm and seed (%(default)g)",
+        help="of training for each arm and seed, on an idle machine (%(default)g)",
     )
     parser.add_argument(
         "--seeds", type=number(int, 1, 1000), default=3, help="runs of each arm (%(default)s)"

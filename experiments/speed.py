@@ -122,7 +122,8 @@ class Step:
     def __init__(self, args, device, clips=64):
         preset = train.PRESETS[args.preset]()
         self.args, self.device, config = args, device, preset.diffusion_training
-        self.config = replace(config, batch_size=args.batch_size or config.batch_size)
+        size = args.batch_size or config.batch_size
+        self.config = replace(config, batch_size=size, strides=((0, 1),), easy_start=0)
         models = {"text_encoder": TextEncoder(preset.text), "unet": UNet3D(preset.unet)}
         self.model = nn.ModuleDict(models).to(device).train()
         self.schedule = NoiseSchedule(preset.diffusion)
@@ -169,8 +170,9 @@ class Step:
 
 
 def step(args):
-    """Milliseconds of a training step, and of its phases when each is waited for; what it computes,
-    as a share of what large matrices reach."""
+    """Milliseconds of a training step with all frames, and of its phases when each is waited for
+    (train.py draws the next batch beside the step); what it computes, as a share of what large
+    matrices reach."""
     device = pick_device(args.device, args.precision)
     dtype = product_dtype(device, args.precision)
     run, begin = Step(args, device), now()
