@@ -200,7 +200,7 @@ def seconds_a_step(arm: dict, world: tuple, device: torch.device) -> float:
     for steps in (5, 5, 25):  # the first one warms up
         train_arm(arm, steps, 0, *world)
         times.append(clock(device))
-    return (times[3] - 2 * times[2] + times[1]) / 20
+    return max(1e-3, (times[3] - 2 * times[2] + times[1]) / 20)
 
 
 def ablate(checkpoint: str, arms: list[str], minutes: float, seeds: int, clips: int) -> None:

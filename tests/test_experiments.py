@@ -250,14 +250,15 @@ def test_arms_are_compared_with_their_errors(tiny_checkpoint, monkeypatch, capsy
         return SimpleNamespace(generate=lambda prompts: wrong if seed == 1 else right)
 
     monkeypatch.setattr(ablate, "train_arm", train_arm)
-    monkeypatch.setattr(ablate, "clock", lambda device: 5.0 * len(runs))  # half a second a step
+    # Three seconds to begin, and half a second a step.
+    monkeypatch.setattr(ablate, "clock", lambda device: sum(3 + run[0] / 2 for run in runs))
     ablate.ablate(tmp_path / "model.pt", ["baseline", "no-normalisation"], 2.0, 2, 3)
     found = rows(capsys.readouterr().out)
     assert [row.get("seed") for row in found] == [0, 1, None] * 2
     assert [row["all"] for row in found[:3]] == pytest.approx([1, 1 / 3, 2 / 3], rel=1e-3)
     assert found[2]["all_error"] == pytest.approx(1 / 3, rel=1e-3)
-    assert [run[:2] for run in runs[:4]] == [(2, 0), (10, 0), (240, 0), (240, 1)]
-    assert runs[4][2] == pytest.approx(2 * runs[0][2], rel=1e-2)
+    assert [run[:2] for run in runs[:5]] == [(5, 0), (5, 0), (25, 0), (240, 0), (240, 1)]
+    assert runs[5][2] == pytest.approx(2 * runs[0][2], rel=1e-2)
 
 
 @pytest.mark.parametrize("sentence, things", [
