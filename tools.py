@@ -166,6 +166,7 @@ class Parser(argparse.ArgumentParser):
     def parse_known_args(
         self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
     ) -> tuple[argparse.Namespace, list[str]]:
+        """argparse's own, which all its ways to parse call; "--OPTION=--" is an error."""
         for word in sys.argv[1:] if args is None else args:
             if word.startswith("--") and word.endswith("=--"):  # argparse would make it a list
                 self.error(f"{word}: -- is no value")

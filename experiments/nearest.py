@@ -56,7 +56,10 @@ def nearest(checkpoint: str | Path, data: str, videos: int, num: int, picture: s
     whole, found = metrics.extract(real, len(real), networks, device, title="training clips"), {}
     for name, videos in shown.items():
         samples = (replace(s, video=video) for s, video in zip(chosen, videos))
-        side = metrics.extract(samples, num, networks, device, title=name)
+        if name == "real":
+            side = {"i3d": whole["i3d"][:num]}
+        else:
+            side = metrics.extract(samples, num, networks, device, title=name)
         distances = np.array([root_mean_square(video, clips) for video in videos])
         if name == "real":
             np.fill_diagonal(distances, np.inf)
