@@ -34,7 +34,7 @@ from einops import rearrange
 from PIL import Image, ImageDraw, ImageFont, ImageOps, ImageSequence
 from torch import Tensor
 
-from tools import UserError, atomic_path, reason
+from tools import UserError, atomic_path, check_file, reason
 
 FRAMES = 16  # of a clip
 FPS = 8.0  # frames per second, where nothing else is said
@@ -268,8 +268,7 @@ def _cut(frame, size, place):
 
 def _open_picture(path):
     """A `PIL.Image` that is no larger than MAX_PIXELS. Raises VideoError, OSError and others."""
-    if not os.path.isfile(path) and os.path.exists(path):
-        raise VideoError("not a file")  # reading from a pipe or a device might never end
+    check_file(path)
     image = Image.open(path, formats=PICTURE_FORMATS)
     if image.width * image.height > MAX_PIXELS:
         raise VideoError(f"{image.width} x {image.height} pixels are too many")
@@ -346,8 +345,7 @@ def _read_file(path, pick, size, place):
         down, right = (b, c) if turned else (d, a)
         return _cut(image[:: -1 if down < 0 else 1, :: -1 if right < 0 else 1], size, place)
 
-    if not os.path.isfile(path) and os.path.exists(path):
-        raise VideoError("not a file")  # reading from a pipe or a device might never end
+    check_file(path)
     if _breaks_off(path):
         raise VideoError("truncated: the end of it is missing")
     video = _Video(path)
@@ -655,10 +653,11 @@ def _texts(folder, videos, others):
     return {name: found for name, found in texts.items() if found}
 
 
-def _read_text(path):
+def read_text(path: str | Path) -> str:
     """The text of a file in UTF-8 or UTF-16. Raises OSError and ValueError."""
-    if not os.path.isfile(path) or os.path.getsize(path) > MAX_TEXT:
-        raise ValueError(f"it is not a file of at most {MAX_TEXT} bytes")
+    check_file(path)
+    if os.path.getsize(path) > MAX_TEXT:
+        raise ValueError(f"larger than {MAX_TEXT} bytes")
     content = Path(path).read_bytes()
     marked = content[:2] in (b"\xff\xfe", b"\xfe\xff")
     return content.decode("utf-16" if marked else "utf-8-sig")
@@ -670,10 +669,10 @@ def _rows(path, videos):
     pair = [next((p for p in map(path.with_name, names) if p.is_file()), None)
             for names in (VIDEO_LISTS, CAPTION_LISTS)]  # fmt: skip
     if videos:
-        lines = enumerate(_read_text(path).split("\n"), 1)
+        lines = enumerate(read_text(path).split("\n"), 1)
         return [(f"line {i}", video, line) for i, line in lines if line.strip() for video in videos]
     if path in pair and all(pair):
-        files, captions = (_read_text(path).rstrip().split("\n") for path in pair)
+        files, captions = (read_text(path).rstrip().split("\n") for path in pair)
         if len(files) != len(captions):
             raise ValueError(f"{len(captions)} lines, {pair[0].name} {len(files)}")
         return [(f"line {i}", *row) for i, row in enumerate(zip(files, captions), 1)]
@@ -697,7 +696,7 @@ def _read_table(path):
     suffix, line, found = _suffix(path), 0, []
     if suffix not in TABLES:
         raise ValueError("it is of another kind")
-    text = _read_text(path)
+    text = read_text(path)
     if suffix == ".json":
         rows = json.loads(text)
         if isinstance(rows, dict) and any(_suffix(key) in VIDEOS for key in rows):
@@ -819,7 +818,7 @@ def read_split(folder: Path, split: str) -> set[str]:
     if path is None:
         raise DataError(f"no {name} for --split {split}: put it into {inside}")
     try:
-        lines = _read_text(path).splitlines()
+        lines = read_text(path).splitlines()
     except (OSError, ValueError) as error:
         raise DataError(f"{path} cannot be read: {reason(error)}") from error
     return {Path(line.split()[0]).name for line in lines if line.strip()}
@@ -864,6 +863,8 @@ class VideoFolder:
     go into the dict `skipped`, where those are too that a table names but that are not there.
     Raises DataError where no video can be used.
     """
+
+    form = ""  # as in `MovingShapes`: their captions may look like anything
 
     def __init__(
         self, folder: Path, split: str | None = None, seed: int = 0, frames: int = FRAMES,

@@ -20,8 +20,8 @@ From Python:
 The path of each file written goes to stdout, everything else to stderr.
 """
 
-from tools import DEVICES, Parser, UserError, autocast, fits, load_checkpoint, number, pack
-from tools import pick_device, printable, read_config, reason, run_command, unpack
+from tools import DEVICES, Parser, UserError, autocast, check_file, fits, load_checkpoint, number
+from tools import pack, pick_device, printable, read_config, reason, run_command, unpack
 
 import contextlib
 import difflib
@@ -43,7 +43,8 @@ from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 from data import FORMATS, FPS, FRAMES, IMAGES, UCF101, VIDEOS, contact_sheet, evenly, middle_part
-from data import read_frames, read_image, sides, to_model, to_uint8, write_picture, write_video
+from data import read_frames, read_image, read_text, sides, to_model, to_uint8, write_picture
+from data import write_video
 from diffusion import SAMPLERS, DiffusionConfig, NoiseSchedule
 from diffusion import guided, reconstruction_guided, replaced
 from text_encoder import TextEncoder, TextEncoderConfig, Tokenizer, normalize
@@ -68,7 +69,8 @@ class Pipeline:
     """Everything between a sentence and its video. Attributes are the modules of the same names.
 
     data: what the model was trained on, as far as that is known: {"frames": of a clip, "size": of a
-    frame in pixels, see `data.sides`, "fps": [lowest, highest], "captions": up to 1,000 of them}.
+    frame in pixels, see `data.sides`, "fps": [lowest, highest], "captions": up to 6,000 of them,
+    "form": what they all look like, or ""}.
     """
 
     precision = None  # of matrix products, as for `tools.autocast`
@@ -375,7 +377,7 @@ def warnings_about(
     for sentence in new[:3] if captions else ():
         like = map(repr, difflib.get_close_matches(sentence.lower(), captions, 2, 0))
         yield f"no sentence in training is built like {sentence!r}; there are {' or '.join(like)}"
-    if (near or new) and "form" in data:
+    if (near or new) and data.get("form"):
         yield f"what it understands looks like this: {data['form']}"
     low, high = (round(rate, 1) for rate in data.get("fps", (0, math.inf)))
     for outside, line in (
@@ -452,9 +454,11 @@ def check_options(args: Namespace) -> None:
     together, as far as can be told without the checkpoint."""
     prompts = None if args.prompts == "captions" else args.prompts
     for path in (prompts, args.image, args.last_image, args.video):
-        if path is not None and not os.path.isfile(path) and not os.path.isdir(path):
-            kind = "not a file" if os.path.exists(path) else "no such file"  # a pipe: we would wait
-            raise UserError(f"{path!r}: {kind}")
+        try:
+            if path is not None and not os.path.isdir(path):  # a folder of frames is a clip
+                check_file(path)
+        except ValueError as error:
+            raise UserError(f"{path!r}: {error}") from error
     out, suffix, more = f"--out {args.out}", args.out.suffix.lower(), len(args.prompt) - 1
     several = args.num > 1 or args.prompts is not None
     extras = list(filter(None, (args.attention, args.denoising)))
@@ -498,10 +502,7 @@ def check_writable(path: Path) -> None:
 def read_prompts(path: str | Path, most: int = 10_000) -> list[str]:
     """The sentences of a text file, one a line, from 1 to `most`. Raises UserError."""
     try:
-        if not os.path.isfile(path):  # a pipe, which would make us wait?
-            raise ValueError("not a file" if os.path.exists(path) else "no such file")
-        with open(path, encoding="utf-8-sig") as file:
-            lines = [line.strip() for line in file.read(2**24).splitlines() if line.strip()]
+        lines = [line.strip() for line in read_text(path).splitlines() if line.strip()]
     except (OSError, ValueError) as error:
         raise UserError(f"--prompts {path}: {reason(error)}") from error
     if not 0 < len(lines) <= most:
@@ -582,7 +583,7 @@ def write(path: Path, writer: Callable, *what: object) -> None:
         writer(path, *what)
     except Exception as error:  # a full disk, to Pillow and ffmpeg, is many things
         raise UserError(f"cannot write {path}: {reason(error)}") from error
-    print(printable(path))
+    tqdm.write(printable(path))  # not into the middle of the progress bar
 
 
 def draw_all(
@@ -632,7 +633,7 @@ def main() -> None:
     captions = pipeline.data.get("captions", ())
     if args.words:
         lines = ["words: " + " ".join(sorted(pipeline.tokenizer.words))]
-        lines += [f"form: {pipeline.data['form']}"] if "form" in pipeline.data else []
+        lines += [f"form: {form}"] if (form := pipeline.data.get("form")) else []
         lines += [f"{len(captions)} captions, such as:", *evenly(captions, 20)]
         print(*map(printable, lines), sep="\n")
         return

@@ -397,10 +397,17 @@ def locked(folder: str | Path) -> Iterator[None]:
                 path.rmdir()
 
 
-def load_tensors(path: Path, kind: str) -> object:
+def check_file(path: str | Path) -> None:
+    """Raises ValueError for what is no file; from a pipe, say, reading might never end."""
+    if not os.path.isfile(path):
+        raise ValueError("not a file" if os.path.exists(path) else "no such file")
+
+
+def load_tensors(path: str | Path, kind: str) -> object:
     """What torch.save wrote: tensors and plain values; nothing in the file is imported or run.
     Raises UserError, which calls the file a `kind`, where it cannot be read."""
     try:
+        check_file(path)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of a foreign pickle, one error says enough
             return torch.load(path, map_location="cpu", weights_only=True)

@@ -243,8 +243,6 @@ def make_vae_loss(args: argparse.Namespace, config: VAELossConfig) -> VAELoss:
     if args.vgg:
         config = replace(config, vgg_weight=config.vgg_weight or VGG_WEIGHT)
     try:
-        if args.vgg and not Path(args.vgg).is_file():
-            raise ValueError("no such file")
         return VAELoss(config, args.vgg)
     except Exception as error:  # as many kinds as there are wrong files
         raise UserError(f"--vgg {args.vgg} cannot be read as torchvision's vgg16-397923af.pth"
@@ -495,9 +493,8 @@ def save_pipeline(pipeline: Pipeline, path: Path) -> None:
 def describe_data(dataset: MovingShapes | VideoFolder, captions: list[str], fps: Tensor) -> dict:
     """What a checkpoint says of the data that it was trained on, see `Pipeline`."""
     rates = [fps.min().clamp(0.1).item(), fps.max().clamp(max=1000).item()]
-    form = {"form": dataset.form} if isinstance(dataset, MovingShapes) else {}
-    return form | {"frames": dataset.frames, "size": dataset.size, "fps": rates,
-                   "captions": evenly(captions, 6000)}
+    return {"form": dataset.form, "frames": dataset.frames, "size": dataset.size, "fps": rates,
+            "captions": evenly(captions, 6000)}
 
 
 def real_clips(dataset: MovingShapes | VideoFolder, captions: list[str], wordings: list[list[int]],

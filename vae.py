@@ -19,6 +19,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from text_encoder import attention
+from tools import load_tensors
 
 
 @dataclass(frozen=True)
@@ -306,7 +307,7 @@ class VGGFeatures(nn.Module):
         self.register_buffer("mean", (2 * mean - 1)[:, None, None])
         self.register_buffer("std", (2 * std)[:, None, None])
         if path is not None:
-            state = torch.load(path, map_location="cpu", weights_only=True)
+            state = load_tensors(path, "state dict")
             prefix = "features."
             state = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
             self.convolutions.load_state_dict(state)

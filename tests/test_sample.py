@@ -469,6 +469,20 @@ def test_prompts_of_a_file(command, tiny_checkpoint):
         assert gif.n_frames == 16 and gif.width == 2 * 128 and gif.height > 2 * (128 + 17)
 
 
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_prompts_as_any_editor_saves_them(encoding, tmp_path):
+    (tmp_path / "p.txt").write_text("a red star\r\n\r\nein gr\xfcner Stern\r\n", encoding, newline="")
+    assert sample.read_prompts(tmp_path / "p.txt") == ["a red star", "ein gr\xfcner Stern"]
+
+
+def test_in_a_terminal_the_path_has_a_line_of_its_own(command, monkeypatch):
+    """There stdout and stderr are one, and a return goes back to the beginning of the line."""
+    monkeypatch.setattr(sys, "stderr", sys.stdout)
+    status, out, _ = command("--num", 2, "--batch-size", 1)
+    lines = [line.rstrip().rsplit("\r")[-1] for line in "\n".join(out).split("\n")]
+    assert status == 0 and {f"samples/{SLUG}-{i}.gif" for i in (0, 1)} <= set(lines)
+
+
 def test_a_class_is_known_by_its_name(command):
     assert command(prompt="Archery")[1] == ["samples/a-person-shoots-an-arrow-with-a-bow-0.gif"]
     args = sample.parse_args(["Archery", "a man"])
