@@ -978,7 +978,7 @@ def test_pipes_that_are_named_like_captions_are_not_opened(tmp_path):
     touch(tmp_path, "a.mp4")
     for name in ("captions.csv", "a.txt"):
         os.mkfifo(tmp_path / name)
-        with pytest.raises(DataError, match=f"{name} looks like captions .* not a file"):
+        with pytest.raises(DataError, match=f"{name} looks like captions .*not a file"):
             find_captions(tmp_path)
         (tmp_path / name).unlink()
 
