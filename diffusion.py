@@ -151,18 +151,15 @@ class NoiseSchedule:
         return snr.clamp(max=self.config.min_snr_gamma) / divisor
 
     def timesteps(self, steps: int) -> list[int]:
-        """`steps` decreasing timesteps, T (1 - i / steps)^1.5 - 1 for i = 0, 1, ...
+        """`steps` decreasing timesteps, evenly spaced ("trailing" in Lin 2024, section 3.3).
 
-        The first is T-1: starting below would hand pure noise to a network that expects some signal
-        (Lin 2024 section 3.3). Spaced evenly, the last of a few steps would have much noise left to
-        remove at once. ValueError unless 1 <= steps <= T.
+        The first is T-1: starting below would hand pure noise to a network that expects some
+        signal. ValueError unless 1 <= steps <= T.
         """
         total = self.config.timesteps
         if not 1 <= steps <= total:
             raise ValueError(f"steps must be between 1 and {total}, got {steps}")
-        # floor(x + 0.5), as round() may take two neighbours to the same even number.
-        t = [int(total * (1 - i / steps) ** 1.5 + 0.5) for i in range(steps)]
-        return [max(t_i, steps - i) - 1 for i, t_i in enumerate(t)]  # no timestep twice
+        return [total - i * total // steps - 1 for i in range(steps)]
 
 
 # ------------------------------------------------------------------------------ loss and guidance

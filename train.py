@@ -1022,13 +1022,13 @@ PRESETS = {  # functions, so that one that contradicts itself stops nobody who t
         vae=VAEConfig(widths=(32, 64, 128)),
         # Mostly the squared error: the L1 term is soon about a background that is right already.
         vae_loss=VAELossConfig(l1_weight=0.25, mse_weight=4.0),
-        vae_training=TrainConfig(steps=1300, batch_size=32, lr=2e-3, optimizer="muon"),
+        vae_training=TrainConfig(steps=4000, batch_size=32, lr=2e-3, optimizer="muon"),
         text=TextEncoderConfig(),
         unet=UNet3DConfig(attention=(True, True)),
         diffusion=DiffusionConfig(shift=3.0),
         diffusion_training=TrainConfig(
-            steps=9000, batch_size=16, lr=1e-3, decay=0.65, optimizer="muon", easy_start=1600,
-            strides=((4050, 4), (6750, 2)), videos=12_000, text_only=0.7,
+            steps=12_000, batch_size=16, lr=1e-3, decay=0.65, optimizer="muon", easy_start=2000,
+            strides=((5400, 4), (9000, 2)), videos=12_000, text_only=0.7,
         ),
     ),
     "ucf101": lambda: Preset(

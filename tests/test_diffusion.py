@@ -145,18 +145,17 @@ def test_predict_inverts_target_and_output(prediction):
     assert [x.dtype for x in pair] == [torch.float32] * 2
 
 
-def test_timesteps_begin_at_the_noisiest_and_get_denser():
+def test_timesteps_begin_at_the_noisiest_and_are_evenly_spaced():
     schedule = make_schedule()
-    assert schedule.timesteps(4) == [999, 649, 353, 124]  # 1000 (3/4, 1/2, 1/4)^1.5 - 1
+    assert schedule.timesteps(4) == [999, 749, 499, 249]
     assert schedule.timesteps(1) == [999]
     assert schedule.timesteps(1000) == list(range(999, -1, -1))
     for schedule, total in ((make_schedule(timesteps=97), 97), (schedule, 1000)):
         for steps in range(1, total + 1):
             t = schedule.timesteps(steps)
             assert t[0] == total - 1 and t[-1] >= 0 and len(t) == steps
-            gaps = [earlier - later for earlier, later in zip(t, t[1:])]
-            assert min(gaps, default=1) >= 1
-            assert all(later <= earlier + 1 for earlier, later in zip(gaps, gaps[1:]))
+            gaps = [earlier - later for earlier, later in zip(t, [*t[1:], -1])]
+            assert min(gaps) >= 1 and max(gaps) - min(gaps) <= 1
 
 
 # Loss
@@ -319,7 +318,7 @@ def exact_ode_error(sampler, steps, **config):
 
 @pytest.mark.parametrize("name, fraction", [("linear", 0.8), ("cosine", 0.5)])
 def test_dpm_solver_is_closer_to_the_exact_ode_than_ddim(name, fraction):
-    ddim, dpm = ([exact_ode_error(sampler, steps, schedule=name) for steps in (5, 20, 100)]
+    ddim, dpm = ([exact_ode_error(sampler, steps, schedule=name) for steps in (10, 20, 100)]
                  for sampler in (ddim_sample, dpm_solver_sample))
     assert dpm[0] < fraction * ddim[0]
     for errors in (ddim, dpm):
