@@ -660,7 +660,7 @@ def damage(path):
 BAD = {
     "text.avi": (lambda path: path.write_text("this is not a video\n" * 99), "nvalid data"),
     "empty.mp4": (lambda path: path.write_bytes(b""), "nvalid data"),
-    "nowhere.mp4": (lambda path: path.symlink_to("gone.mp4"), "No such file"),
+    "nowhere.mp4": (lambda path: path.symlink_to("gone.mp4"), "no such file"),
     "one.mp4": (lambda path: write(path, greys(1)), "too short: 1 frames, and a clip needs 4"),
     "one.gif": (lambda path: write(path, greys(1)), "too short: 1 "),
     "one": (lambda path: write(path, greys(1)), "too short: 1 "),
