@@ -653,11 +653,12 @@ def _texts(folder, videos, others):
     return {name: found for name, found in texts.items() if found}
 
 
-def read_text(path: str | Path) -> str:
-    """The text of a file in UTF-8 or UTF-16. Raises OSError and ValueError."""
+def read_text(path: str | Path, most: int = MAX_TEXT) -> str:
+    """The text of a file of at most so many bytes, in UTF-8 or UTF-16. Raises OSError and
+    ValueError."""
     check_file(path)
-    if os.path.getsize(path) > MAX_TEXT:
-        raise ValueError(f"larger than {MAX_TEXT} bytes")
+    if os.path.getsize(path) > most:
+        raise ValueError(f"larger than {most} bytes")
     content = Path(path).read_bytes()
     marked = content[:2] in (b"\xff\xfe", b"\xfe\xff")
     return content.decode("utf-16" if marked else "utf-8-sig")

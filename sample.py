@@ -502,7 +502,7 @@ def check_writable(path: Path) -> None:
 def read_prompts(path: str | Path, most: int = 10_000) -> list[str]:
     """The sentences of a text file, one a line, from 1 to `most`. Raises UserError."""
     try:
-        lines = [line.strip() for line in read_text(path).splitlines() if line.strip()]
+        lines = [line.strip() for line in read_text(path, 2**24).splitlines() if line.strip()]
     except (OSError, ValueError) as error:
         raise UserError(f"--prompts {path}: {reason(error)}") from error
     if not 0 < len(lines) <= most:

@@ -56,13 +56,12 @@ def nearest(checkpoint: str | Path, data: str, videos: int, num: int, picture: s
     whole, found = metrics.extract(real, len(real), networks, device, title="training clips"), {}
     for name, videos in shown.items():
         samples = (replace(s, video=video) for s, video in zip(chosen, videos))
-        if name == "real":
-            side = {"i3d": whole["i3d"][:num]}
-        else:
-            side = metrics.extract(samples, num, networks, device, title=name)
         distances = np.array([root_mean_square(video, clips) for video in videos])
         if name == "real":
+            side = {"i3d": whole["i3d"][:num]}
             np.fill_diagonal(distances, np.inf)
+        else:
+            side = metrics.extract(samples, num, networks, device, title=name)
         found[name] = distances.argmin(1)
         same = [s.caption == real[i].caption for s, i in zip(chosen, found[name])]
         print_row(clips=name, num=num, distance=np.median(distances.min(1)),

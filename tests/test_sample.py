@@ -471,7 +471,8 @@ def test_prompts_of_a_file(command, tiny_checkpoint):
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
 def test_prompts_as_any_editor_saves_them(encoding, tmp_path):
-    (tmp_path / "p.txt").write_text("a red star\r\n\r\nein gr\xfcner Stern\r\n", encoding, newline="")
+    text = "a red star\r\n\r\nein gr\xfcner Stern\r\n"
+    (tmp_path / "p.txt").write_text(text, encoding, newline="")
     assert sample.read_prompts(tmp_path / "p.txt") == ["a red star", "ein gr\xfcner Stern"]
 
 
