@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+import train
 from conftest import tiny_configs
 from data import FPS, VideoFolder
 from diffusion import DiffusionConfig, SAMPLERS
@@ -219,6 +220,20 @@ def test_every_arm_trains_and_draws(name, tiny_pipeline, monkeypatch):
     assert video.shape == (1, 2, 64, 64, 3)
 
 
+def test_the_small_run_spends_its_steps_as_the_recipe_does(tiny_pipeline, monkeypatch):
+    config = train.PRESETS["shapes"]().diffusion_training
+    strides, draw_batch = [], train.draw_batch
+
+    def record(seed, step, small, *data):
+        strides.append(train.frame_stride(step, small))
+        return draw_batch(seed, step, small, *data)
+
+    monkeypatch.setattr(train, "draw_batch", record)
+    captions, latents = ["a red circle moves right"] * 4, torch.randn(4, 4, 4, 4, 4)
+    ablate.train_arm({}, 20, 0, captions, latents, tiny_pipeline.vae, torch.device("cpu"))
+    assert strides == [train.frame_stride(step, config) for step in range(0, config.steps, 600)]
+
+
 def test_flow_says_what_it_means():
     schedule = ablate.Flow(DiffusionConfig(shift=3.0))
     assert schedule.alphas_cumprod[-1] == 0 and (schedule.alphas_cumprod.diff() < 0).all()
@@ -257,7 +272,7 @@ def test_arms_are_compared_with_their_errors(tiny_checkpoint, monkeypatch, capsy
     assert [row.get("seed") for row in found] == [0, 1, None] * 2
     assert [row["all"] for row in found[:3]] == pytest.approx([1, 1 / 3, 2 / 3], rel=1e-3)
     assert found[2]["all_error"] == pytest.approx(1 / 3, rel=1e-3)
-    assert [run[:2] for run in runs[:5]] == [(5, 0), (5, 0), (25, 0), (240, 0), (240, 1)]
+    assert [run[:2] for run in runs[:5]] == [(20, 0), (20, 0), (40, 0), (240, 0), (240, 1)]
     assert runs[5][2] == pytest.approx(2 * runs[0][2], rel=1e-2)
 
 
