@@ -53,6 +53,9 @@ from vae import AutoencoderKL, VAEConfig
 
 CHECKPOINT = Path(__file__).parent / "pretrained" / "shapes.pt"
 STEPS, SAMPLER, GUIDANCE = 10, "ddpm", 2.5
+# Guidance is for where there is more noise than this. With less, what happens is decided, and it
+# would only make the picture harsher (Kynkaanniemi 2024, "Applying guidance in a limited interval").
+GUIDED_ABOVE = 0.8  # sigma_t
 # How the model learns of given frames. mask: beside its input, as in training; the others are for
 # models that were trained without: see diffusion.py.
 CONDITIONINGS = ("mask", "replacement", "reconstruction")
@@ -175,12 +178,18 @@ class Pipeline:
             shown = [torch.cat([x, x]) if null else x for x in (given, given_mask)]
 
         def denoise(x_t, t):
-            return self.unet(x_t, t, context, token_mask, rates, *shown)
+            """With the first len(x_t) of the sentences: the prompts, after them the empty ones."""
+            words = (part[: len(x_t)] for part in (context, token_mask, rates, *shown))
+            return self.unet(x_t, t, *words)
 
         def denoise_pair(x_t, t):
             return denoise(torch.cat([x_t, x_t]), torch.cat([t, t])).chunk(2)
 
-        model = guided(denoise_pair, guidance, rescale) if null else denoise
+        def model(x_t, t):
+            sigma = self.schedule.alpha_sigma(t, x_t)[1]
+            noisy = null and sigma.min() > GUIDED_ABOVE
+            return (guided(denoise_pair, guidance, rescale) if noisy else denoise)(x_t, t)
+
         if not known:
             return model
         informed = reconstruction_guided if conditioning == "reconstruction" else replaced
@@ -278,7 +287,7 @@ def word_attention(record: dict, tokenizer: Tokenizer, prompt: str) -> tuple:
     weights (words, f), means over layers, heads and steps. What is missing to 1 went to the start
     and end tokens. record: of `unet3d.record_attention` around `Pipeline.generate`.
     """
-    layers = [torch.stack(calls)[:, 0].mean(0) for calls in record.values()]
+    layers = [torch.stack([call[0] for call in calls]).mean(0) for calls in record.values()]
     weights = torch.stack(layers).mean(0)  # f l
     words, lengths = zip(*tokenizer.words_and_lengths(prompt))
     # A word's weight is the sum over its tokens, of which START is none.
