@@ -197,13 +197,13 @@ def clock(device: torch.device) -> float:
 
 
 def seconds_a_step(arm: dict, world: tuple, device: torch.device) -> float:
-    """What 20 steps more cost: not what an arm needs to begin. 20 and 40 have the same share of
+    """What 60 steps more cost: not what an arm needs to begin. 20 and 80 have the same share of
     steps with few frames as a long run."""
     times = [clock(device)]
-    for steps in (20, 20, 40):  # the first one warms up
+    for steps in (20, 20, 80):  # the first one warms up
         train_arm(arm, steps, 0, *world)
         times.append(clock(device))
-    return max(1e-3, (times[3] - 2 * times[2] + times[1]) / 20)
+    return max(1e-3, (times[3] - 2 * times[2] + times[1]) / 60)
 
 
 def ablate(checkpoint: str, arms: list[str], minutes: float, seeds: int, clips: int) -> None:

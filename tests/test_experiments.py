@@ -272,7 +272,7 @@ def test_arms_are_compared_with_their_errors(tiny_checkpoint, monkeypatch, capsy
     assert [row.get("seed") for row in found] == [0, 1, None] * 2
     assert [row["all"] for row in found[:3]] == pytest.approx([1, 1 / 3, 2 / 3], rel=1e-3)
     assert found[2]["all_error"] == pytest.approx(1 / 3, rel=1e-3)
-    assert [run[:2] for run in runs[:5]] == [(20, 0), (20, 0), (40, 0), (240, 0), (240, 1)]
+    assert [run[:2] for run in runs[:5]] == [(20, 0), (20, 0), (80, 0), (240, 0), (240, 1)]
     assert runs[5][2] == pytest.approx(2 * runs[0][2], rel=1e-2)
 
 
