@@ -71,6 +71,7 @@ def test_an_error_of_the_program_keeps_its_traceback():
 def test_an_interrupt_leaves_the_old_file(tmp_path, capsys, number, swallowed):
     path = tmp_path / "x.mp4"
     path.write_bytes(b"old")
+    signal.signal(number, signal.SIG_DFL)  # a shell's background job ignores SIGINT
 
     def command():
         with atomic_path(path) as temporary:
