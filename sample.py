@@ -54,7 +54,7 @@ from vae import AutoencoderKL, VAEConfig
 CHECKPOINT = Path(__file__).parent / "pretrained" / "shapes.pt"
 STEPS, SAMPLER, GUIDANCE = 10, "ddpm", 2.5
 # Guidance is for where there is more noise than this. With less, what happens is decided, and it
-# would only make the picture harsher (Kynkaanniemi 2024, "Applying guidance in a limited interval").
+# would only make the picture harsher (Kynkaanniemi 2024, arXiv 2404.07724).
 GUIDED_ABOVE = 0.8  # sigma_t
 # How the model learns of given frames. mask: beside its input, as in training; the others are for
 # models that were trained without: see diffusion.py.
@@ -185,11 +185,13 @@ class Pipeline:
         def denoise_pair(x_t, t):
             return denoise(torch.cat([x_t, x_t]), torch.cat([t, t])).chunk(2)
 
-        def model(x_t, t):
-            sigma = self.schedule.alpha_sigma(t, x_t)[1]
-            noisy = null and sigma.min() > GUIDED_ABOVE
-            return (guided(denoise_pair, guidance, rescale) if noisy else denoise)(x_t, t)
+        strong = guided(denoise_pair, guidance, rescale)
 
+        def where_noisy(x_t, t):
+            noisy = self.schedule.alpha_sigma(t, x_t)[1].min() > GUIDED_ABOVE
+            return (strong if noisy else denoise)(x_t, t)
+
+        model = where_noisy if null else denoise
         if not known:
             return model
         informed = reconstruction_guided if conditioning == "reconstruction" else replaced

@@ -304,6 +304,11 @@ def frame_stride(step: int, config: "TrainConfig") -> int:
     return next((n for until, n in config.strides if step < until), 1)
 
 
+def scaled_strides(config: "TrainConfig", steps: int) -> tuple:
+    """The strides of so many steps instead of config.steps, with the same share for each."""
+    return tuple((until * steps // config.steps, n) for until, n in config.strides)
+
+
 def draw_batch(seed: int, step: int, config: "TrainConfig", clips: Tensor, fps: Tensor,
                latents: Tensor, schedule: NoiseSchedule) -> tuple[Tensor, ...]:
     """The batch of a step of stage 2, and all that is random in it.
@@ -1184,8 +1189,7 @@ def configure(args: argparse.Namespace, state: dict | None = None) -> Preset:
     state, context_length = state or {"record": {}}, configs["text"].context_length
     follows = {  # from other values, unless it is chosen, too
         "training.easy_start": state.get("easy_start", own.easy_start * steps // own.steps),
-        "training.strides": state.get("strides", [(t * steps // own.steps, n)
-                                                  for t, n in own.strides]),
+        "training.strides": state.get("strides", list(scaled_strides(own, steps))),
         "vae_loss.gan_start": state.get("gan_start", gan_start * steps // own.steps),
         "text.context_length": state["record"].get("text.context_length", context_length),
         "unet.channels": configs["vae"].latent_channels,

@@ -155,7 +155,7 @@ def train_arm(arm: dict, steps: int, seed: int, captions, latents, vae, device) 
     """A small model, trained as train.py does it, and differently where the arm says so."""
     preset = train.PRESETS["shapes"]()
     own = preset.diffusion_training
-    strides = tuple((until * steps // own.steps, n) for until, n in own.strides)
+    strides = train.scaled_strides(own, steps)
     # So short a run stays easy to its end, or the words would stay unread.
     config = replace(
         own, steps=steps, strides=strides, easy_start=steps * 4 // 3, batch_size=8, ema=0.99

@@ -333,8 +333,8 @@ def sampling_stations(pipeline: Pipeline, sentence: str, run: dict, bare: dict) 
             "is left.</p>",
             figure(strip(noisy | rows(bare), labels),
                    "What goes into the network, and what it makes of it, without guidance."),
-            "<p>The finished video was drawn with guidance. While there is much noise, the network is "
-            "asked twice, with the sentence and without it, and their difference is taken "
+            "<p>The finished video was drawn with guidance. While there is much noise, the network "
+            "is asked twice, with the sentence and without it, and their difference is taken "
             f"{GUIDANCE:g} times. So the words count for more. On the way this goes too far, in "
             "colour and in shape, and with less noise, and without guidance, it comes back.</p>",
             figure(strip(rows(run), labels), "The same noise, with guidance."),
