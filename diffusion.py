@@ -43,7 +43,7 @@ class DiffusionConfig:
     zero_terminal_snr: bool = True  # x at t = T-1 is pure noise, as it is when sampling starts
     shift: float = 1.0  # multiplies sigma / alpha; above 1 is more noise, for larger latents
     min_snr_gamma: float | None = None  # 5 in the paper; None weighs all t alike. With zero
-    # terminal SNR its weight at t = T-1 is 0 for v, so that step would go untrained.
+    # terminal SNR its weight at t = T-1 is 0, so that step would go untrained.
 
     def __post_init__(self):
         if self.schedule not in ("linear", "cosine"):
@@ -140,7 +140,7 @@ class NoiseSchedule:
         return self.target(x_start, t, (x_t - alpha * x_start) / sigma)
 
     def loss_weight(self, t: Tensor) -> Tensor:
-        """Min-SNR-gamma weights (b,), float32 (Hang 2023 section 3.4). 0 where SNR is 0."""
+        """Min-SNR-gamma weights (b,), float32 (Hang 2023 section 3.4); 1 without gamma."""
         if self.config.min_snr_gamma is None:
             return torch.ones_like(t, dtype=torch.float32)
         alpha, sigma = self.alpha_sigma(t, t.float())

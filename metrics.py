@@ -26,7 +26,7 @@ Letters used here: `n` clips, `b` batch, `c` channels, `d` feature width, `f` fr
 and width. Videos are uint8 arrays (f, h, w, 3), the networks' inputs float in [-1, 1].
 """
 
-from tools import DEVICES, Parser, UserError, atomic_path, digest, load_tensors
+from tools import DEVICES, Parser, UserError, atomic_path, check_output, digest, load_tensors
 from tools import no_weights, number, pick_device, run_command, save_atomically
 
 import hashlib
@@ -52,7 +52,7 @@ from tqdm import tqdm
 
 from data import FPS, FRAMES, VIDEOS, Sample, VideoFolder, read_ahead, to_model
 from diffusion import SAMPLERS
-from sample import GUIDANCE, SAMPLER, STEPS, Pipeline, check_writable, load_pipeline
+from sample import GUIDANCE, SAMPLER, STEPS, Pipeline, load_pipeline
 from shapes import PARAPHRASES, SIZE, MovingShapes, asked, caption_accuracy, render
 
 BATCH_NORM_EPS = 1e-3  # TensorFlow's, in both networks; PyTorch's own default is 1e-5
@@ -942,13 +942,7 @@ def check_combination(args: Namespace, error: Callable[[str], None]) -> None:
     if features and args.num < 2:
         error("--num 1: a distance between sets needs two clips or more")
     if args.json:
-        check_writable(args.json)
-        inputs = (args.real, args.fake, args.i3d or i3d_path(), args.inception)
-        inputs = [path for path in inputs if path and os.path.exists(path)]
-        here = args.json.parent.resolve() / args.json.name
-        places = [here, *here.parents, *here.resolve().parents]  # the file, and all it lies in
-        if here.exists() and any(os.path.samefile(x, y) for x in places for y in inputs):
-            error(f"--json {args.json} would overwrite an input: choose another name")
+        check_output(args.json, args.real, args.fake, args.i3d or i3d_path(), args.inception)
 
 
 def measure(args: Namespace) -> dict:

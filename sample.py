@@ -20,8 +20,9 @@ From Python:
 The path of each file written goes to stdout, everything else to stderr.
 """
 
-from tools import DEVICES, Parser, UserError, autocast, check_file, fits, load_checkpoint, number
-from tools import pack, pick_device, printable, read_config, reason, run_command, unpack
+from tools import DEVICES, Parser, UserError, autocast, check_file, check_output, file_name
+from tools import fits, load_checkpoint, number, pack, pick_device, printable, read_config, reason
+from tools import run_command, unpack
 
 import contextlib
 import difflib
@@ -450,10 +451,11 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     add("--format", choices=[f[1:] for f in FORMATS], help="png is a sheet of frames (gif)")
     add("--upscale", type=number(int, 1, 64), default=4, help="enlarge for viewing (%(default)s)")
     add("--grid", action="store_true", help="all videos in one, with their captions")
-    add("--attention", type=Path, metavar="FILE.png", help="draw each frame's attention to each "
+    picture = file_name(".png", ".gif")
+    add("--attention", type=picture, metavar="FILE.png", help="draw each frame's attention to each "
         "word, too")
-    add("--denoising", type=Path, metavar="FILE.gif", help="draw what the model believes the clip "
-        "to be at each step, too; or FILE.png")
+    add("--denoising", type=picture, metavar="FILE.gif", help="draw what the model believes the "
+        "clip to be at each step, too; or FILE.png")
     args = parser.parse_intermixed_args(argv)  # options may stand between the sentences
     if bool(args.prompt) + (args.prompts is not None) + args.words != 1:
         parser.error("give one of: what should happen, in quotes; --prompts FILE; --words")
@@ -487,27 +489,13 @@ def check_options(args: Namespace) -> None:
          f"{more + 1} prompts: put a sentence in quotes, or add --extend {more}"),
         (extras and (several or args.extend),
          "--attention and --denoising show one clip: no --num, --prompts or --extend"),
-        *((path.suffix.lower() not in (".gif", ".png"), f"{path} does not end in .gif or .png")
-          for path in extras),
     ):
         if wrong:
             raise UserError(message)
     if suffix not in FORMATS and args.out.exists() and not args.out.is_dir():
         raise UserError(f"{out} is neither a folder nor a {', '.join(FORMATS)} file")
     for path in (args.out if suffix in FORMATS else args.out / "x", *extras):
-        check_writable(path)
-
-
-def check_writable(path: Path) -> None:
-    """Fails now rather than after the work, and leaves nothing behind. Raises UserError."""
-    try:
-        folder = next(p for p in path.absolute().parents if p.exists())
-        writable = folder.is_dir() and os.access(folder, os.W_OK)
-        if not writable or path.exists() and not path.is_file():
-            raise UserError(f"cannot write {path}: it is not a file, or not in a folder that can "
-                            "be written: choose another name")
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot write {path}: {reason(error)}") from error
+        check_output(path)
 
 
 def read_prompts(path: str | Path, most: int = 10_000) -> list[str]:
@@ -549,10 +537,8 @@ def output_paths(args: Namespace, stories: list[list[str]]) -> list[Path]:
     if len(set(map(os.path.abspath, outputs))) < len(outputs):
         raise UserError("--out, --attention and --denoising are both the same file")
     inputs = (args.checkpoint, args.prompts, args.image, args.last_image, args.video)
-    inputs = [path for path in inputs if path is not None and os.path.exists(path)]
-    for path in filter(os.path.exists, outputs):
-        if any(os.path.samefile(near, given) for near in (path, path.parent) for given in inputs):
-            raise UserError(f"{path} is given, and would be overwritten: choose another --out")
+    for path in outputs:
+        check_output(path, *inputs)
     return paths
 
 

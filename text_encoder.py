@@ -9,8 +9,8 @@ Rombach 2022 (arXiv:2112.10752) section 3.3. There is no causal mask: the senten
     tokens, mask = tokenizer.batch(["a red circle moves right, then up", ""], context_length=64)
     context = TextEncoder()(tokens, mask)                    # (2, l, 128); "" is the null caption
 
-Letters used here: `b` batch, `l` text tokens, `d` feature width; in attention `n` heads, `i`
-queries, `j` keys, `d` width of a head.
+Letters used here: `b` batch, `l` text tokens, `c` channels; in attention `n` heads, `i` queries,
+`j` keys, `d` width of a head.
 """
 
 import bisect
@@ -63,7 +63,8 @@ def byte_ids(piece: str) -> list[int]:
 
 
 class Tokenizer:
-    """Byte-level BPE; case and white space are kept, so every Unicode string round-trips.
+    """Byte-level BPE: `decode(encode(text))` is `text` for every Unicode string. `batch`, which the
+    model reads, normalizes first.
 
     merges: (id, id) pairs in the order learned; merge number i makes token id 259 + i.
     words: the words of the training texts, known to `unknown_words`; any case. first_space: does
@@ -262,7 +263,8 @@ class SelfAttention(nn.Module):
 
 # x <- x + Attention(LN(x));  x <- x + MLP(LN(x))                        Xiong 2020, table 1
 class TextBlock(nn.Module):
-    """Pre-norm transformer block: the residual path is never normalised, so no warm-up needed."""
+    """Pre-norm transformer block: nothing on the residual path is normalised, so
+    it trains without a long warm-up."""
 
     def __init__(self, width: int, heads: int):
         super().__init__()
@@ -320,7 +322,7 @@ class TextEncoder(nn.Module):
                 linear.weight.data.mul_((2 * self.config.depth) ** -0.5)
 
     def forward(self, tokens: Tensor, mask: Tensor) -> Tensor:
-        """tokens (b, l) int64, mask (b, l) bool, True at real tokens -> context (b, l, d).
+        """tokens (b, l) int64, mask (b, l) bool, True at real tokens -> context (b, l, c).
 
         The context is exactly zero at padding. Token ids are below the config's vocab_size: whoever
         joins a tokenizer and an encoder checks that they fit. Raises ValueError if l exceeds the
@@ -331,7 +333,7 @@ class TextEncoder(nn.Module):
             raise ValueError(f"the text is {length} tokens long and the limit is "
                              f"{self.config.context_length}: shorten the prompt")
         positions = torch.arange(length, device=tokens.device)
-        x = self.token_embedding(tokens) + self.position_embedding(positions)    # (b, l, d)
+        x = self.token_embedding(tokens) + self.position_embedding(positions)    # (b, l, c)
         for block in self.blocks:
             x = block(x, mask)
         return self.norm(x) * mask.unsqueeze(-1)

@@ -186,6 +186,17 @@ def number(kind: type, low: float, high: float) -> Callable:
     return parse
 
 
+def file_name(*endings: str) -> Callable:
+    """The argparse type of a file to write, with one of these endings."""
+
+    def parse(text):
+        if Path(text).suffix.lower() not in endings:
+            raise argparse.ArgumentTypeError(f"{text} does not end in {' or '.join(endings)}")
+        return Path(text)
+
+    return parse
+
+
 def frame_size(text: str) -> int | tuple:
     """An argparse type: the side of a square, or WIDTHxHEIGHT."""
     sides = text.lower().split("x")
@@ -401,6 +412,25 @@ def check_file(path: str | Path) -> None:
     """Raises ValueError for what is no file; from a pipe, say, reading might never end."""
     if not os.path.isfile(path):
         raise ValueError("not a file" if os.path.exists(path) else "no such file")
+
+
+def check_output(path: str | Path, *inputs: str | Path | None) -> None:
+    """Fails now rather than after the work, and leaves nothing behind: where `path` cannot be
+    written, or would replace one of the inputs or a file that lies in one. Raises UserError."""
+    try:
+        file = Path(path).absolute()
+        folder = next(p for p in file.parents if os.path.lexists(p))
+        writable = folder.is_dir() and os.access(folder, os.W_OK)
+        if not writable or file.exists() and not file.is_file():
+            raise UserError(f"cannot write {path}: it is not a file, or not in a folder that can "
+                            "be written: choose another name")
+        here = file.parent.resolve() / file.name
+        places = [here, *here.parents, *here.resolve().parents]  # the file, and all it lies in
+        given = [x for x in inputs if x is not None and os.path.exists(x)]
+        if here.exists() and any(os.path.samefile(x, y) for x in places for y in given):
+            raise UserError(f"{path} is an input and would be overwritten: choose another name")
+    except (OSError, RuntimeError, ValueError) as error:
+        raise UserError(f"cannot write {path}: {reason(error)}") from error
 
 
 def load_tensors(path: str | Path, kind: str) -> object:

@@ -1024,12 +1024,12 @@ class Preset:
 PRESETS = {  # functions, so that one that contradicts itself stops nobody who takes another
     "shapes": lambda: Preset(
         size=64,
-        vae=VAEConfig(widths=(32, 64, 128)),
+        vae=VAEConfig(),
         # Mostly the squared error: the L1 term is soon about a background that is right already.
         vae_loss=VAELossConfig(l1_weight=0.25, mse_weight=4.0),
         vae_training=TrainConfig(steps=4000, batch_size=32, lr=2e-3, optimizer="muon"),
         text=TextEncoderConfig(),
-        unet=UNet3DConfig(attention=(True, True)),
+        unet=UNet3DConfig(),
         diffusion=DiffusionConfig(shift=3.0),
         diffusion_training=TrainConfig(
             steps=12_000, batch_size=16, lr=1e-3, decay=0.65, optimizer="muon", easy_start=2000,

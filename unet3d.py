@@ -43,7 +43,7 @@ class UNet3DConfig:
     channels: int = 4  # of the latents
     widths: tuple = (64, 160)
     blocks: tuple = (1, 3)
-    attention: tuple = (False, True)
+    attention: tuple = (True, True)
     head_width: int = 32
     text_width: int = 128
     embedding_width: int = 256

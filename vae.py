@@ -28,7 +28,7 @@ class VAEConfig:
 
     latent_channels: int = 4
     patch: int = 2  # pixels folded into channels at the entrance: free, and halves every later side
-    widths: tuple = (64, 96, 128)
+    widths: tuple = (32, 64, 128)
     blocks: int = 1  # ResNet blocks per resolution
     groups: int = 16  # of GroupNorm
 
@@ -67,20 +67,19 @@ def zero_init(layer: nn.Module) -> nn.Module:
 
 
 class ResBlock(nn.Module):
-    """x + conv(silu(norm(conv(silu(norm(x)))))), (b, c_in, h, w) -> (b, c_out, h, w)."""
+    """x + conv(silu(norm(conv(silu(norm(x)))))), (b, c, h, w) -> same."""
 
-    def __init__(self, c_in: int, c_out: int, groups: int):
+    def __init__(self, channels: int, groups: int):
         super().__init__()
-        self.norm1 = GroupNorm(groups, c_in)
-        self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
-        self.norm2 = GroupNorm(groups, c_out)
-        self.conv2 = zero_init(nn.Conv2d(c_out, c_out, 3, padding=1))
-        self.skip = nn.Identity() if c_in == c_out else nn.Conv2d(c_in, c_out, 1)
+        self.norm1 = GroupNorm(groups, channels)
+        self.conv1 = nn.Conv2d(channels, channels, 3, padding=1)
+        self.norm2 = GroupNorm(groups, channels)
+        self.conv2 = zero_init(nn.Conv2d(channels, channels, 3, padding=1))
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.conv1(F.silu(self.norm1(x)))
         y = self.conv2(F.silu(self.norm2(y)))
-        return self.skip(x) + y
+        return x + y
 
 
 class Attention(nn.Module):
@@ -119,7 +118,7 @@ class Encoder(nn.Module):
         self.conv_in = nn.Conv2d(3 * config.patch**2, widths[0], 3, padding=1)
         layers = []
         for level, width in enumerate(widths):
-            layers += [ResBlock(width, width, groups) for _ in range(config.blocks)]
+            layers += [ResBlock(width, groups) for _ in range(config.blocks)]
             if level + 1 < len(widths):
                 layers.append(nn.Conv2d(width, widths[level + 1], 3, stride=2, padding=1))
         self.down = nn.Sequential(*layers)
@@ -144,7 +143,7 @@ class Decoder(nn.Module):
         self.middle = middle(widths[0], groups)
         layers = []
         for level, width in enumerate(widths):
-            layers += [ResBlock(width, width, groups) for _ in range(config.blocks)]
+            layers += [ResBlock(width, groups) for _ in range(config.blocks)]
             if level + 1 < len(widths):
                 layers.append(Upsample(width, widths[level + 1]))
         self.up = nn.Sequential(*layers)
@@ -167,7 +166,7 @@ class Decoder(nn.Module):
 def middle(width: int, groups: int) -> nn.Module:
     """The bottom of encoder and decoder: the only place where far-apart pixels see each other."""
     return nn.Sequential(
-        ResBlock(width, width, groups), Attention(width, groups), ResBlock(width, width, groups)
+        ResBlock(width, groups), Attention(width, groups), ResBlock(width, groups)
     )
 
 
@@ -332,7 +331,7 @@ class VGGFeatures(nn.Module):
 
 @dataclass(frozen=True)
 class VAELossConfig:
-    """Weights of the terms; a term of weight 0 is not computed."""
+    """Weights of the terms; VGG and GAN are not computed where theirs is 0."""
 
     l1_weight: float = 1.0
     mse_weight: float = 1.0

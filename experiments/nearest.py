@@ -16,7 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from tools import number, pick_device, print_row, run_command
+from tools import check_output, file_name, number, pick_device, print_row, run_command
 
 from dataclasses import replace
 
@@ -35,8 +35,9 @@ def root_mean_square(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return np.sqrt(np.square(a - b.astype(np.float32)).mean((-4, -3, -2, -1)))
 
 
-def nearest(checkpoint: str | Path, data: str, videos: int, num: int, picture: str) -> None:
+def nearest(checkpoint: str | Path, data: str, videos: int, num: int, picture: Path) -> None:
     """Prints the rows and draws the picture that the top of this file describes."""
+    check_output(picture, data)
     device = pick_device("auto")
     pipeline = load_pipeline(checkpoint, device)
     form = {"frames": pipeline.frames, "size": pipeline.size}
@@ -82,7 +83,8 @@ def parse_args(argv=None):
     parser.add_argument("--data", required=True, metavar="shapes|FOLDER")
     parser.add_argument("--videos", type=number(int, 1, 2**20), default=1000,
                         help="that were trained on, with --data shapes (%(default)s)")
-    parser.add_argument("--picture", default="samples/nearest.png", help="(%(default)s)")
+    parser.add_argument("--picture", type=file_name(".png"), default="samples/nearest.png",
+                        help="(%(default)s)")
     return parser.parse_args(argv)
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from tools import pick_device, print_row, run_command
+from tools import check_output, file_name, pick_device, print_row, run_command
 
 import time
 
@@ -23,8 +23,9 @@ from sample import load_pipeline
 from shapes import caption_accuracy
 
 
-def steps(checkpoint: str | Path, num: int, picture: str) -> None:
+def steps(checkpoint: str | Path, num: int, picture: Path) -> None:
     """Caption accuracy against the number of sampling steps, for each sampler; also as a chart."""
+    check_output(picture)
     pipeline = load_pipeline(checkpoint, pick_device("auto"))
     sets = caption_sets(num)
     captions, _, scenes = zip(*sets["seen"], *sets["two_objects"])
@@ -45,7 +46,8 @@ def steps(checkpoint: str | Path, num: int, picture: str) -> None:
 def parse_args(argv=None):
     """The command line."""
     parser = drawing_parser(__doc__, 50, "clips of each kind at each point")
-    parser.add_argument("--picture", default="samples/steps.png", help="(%(default)s)")
+    parser.add_argument("--picture", type=file_name(".png"), default="samples/steps.png",
+                        help="(%(default)s)")
     return parser.parse_args(argv)
 
 

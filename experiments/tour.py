@@ -14,7 +14,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from tools import Parser, UserError, atomic_path, number, pick_device, run_command
+from tools import Parser, UserError, atomic_path, check_output, file_name, number, pick_device
+from tools import run_command
 
 import base64
 import html
@@ -31,8 +32,8 @@ from torch import Tensor
 
 from data import FPS, FRAMES, to_model, to_uint8
 from diffusion import SAMPLERS, NoiseSchedule, guided
-from sample import CHECKPOINT, GUIDANCE, SAMPLER, STEPS, Pipeline, check_writable
-from sample import load_pipeline, word_attention
+from sample import CHECKPOINT, GUIDANCE, SAMPLER, STEPS, Pipeline, load_pipeline
+from sample import word_attention
 from shapes import COLOURS, REACH, UPRIGHT, WORDINGS, MovingShapes, Thing, place_in_frame
 from shapes import read_things, render
 from text_encoder import TextEncoder, Tokenizer
@@ -485,7 +486,7 @@ letters to numbers, from noise to a video.</p></div>{film}</header>
 def tour(checkpoint: str, sentence: str, seed: int, out: Path) -> None:
     """Follows the sentence through the model and writes the page."""
     start = time.perf_counter()
-    check_writable(out)
+    check_output(out, checkpoint)
     pipeline = load_pipeline(checkpoint, pick_device("auto"))
     try:
         run = sample_and_watch(pipeline, sentence, seed, GUIDANCE)
@@ -514,12 +515,9 @@ def parse_args(argv=None):
     parser.add_argument("--checkpoint", default=CHECKPOINT, help="a model.pt (the shipped one)")
     parser.add_argument("--seed", type=number(int, 0, 2**62), default=0, help="(%(default)s)")
     parser.add_argument(
-        "--out", type=Path, default=Path("samples/tour.html"), help="the page (%(default)s)"
+        "--out", type=file_name(".html"), default="samples/tour.html", help="the page (%(default)s)"
     )
-    args = parser.parse_args(argv)
-    if args.out.suffix not in (".html", ".htm"):
-        parser.error(f"--out {args.out}: the file name must end in .html")
-    return args
+    return parser.parse_args(argv)
 
 
 if __name__ == "__main__":

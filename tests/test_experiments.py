@@ -20,6 +20,7 @@ from experiments import ablate, motions, nearest, order, reference, slices, spee
 from experiments import tasks, tour
 from shapes import COLOURS, DIRECTIONS, MOTIONS, POLYGONS, REACH, SPEED, WORDINGS, Thing
 from shapes import read_things, render
+from tools import UserError
 
 
 def rows(text):
@@ -322,10 +323,21 @@ def test_the_tour_is_one_page_that_names_true_places(tiny_checkpoint, tmp_path, 
         assert re.search(rf"def {name.split('.')[-1]}\b", here), (file, line, name)
 
 
+@pytest.mark.parametrize("command", [
+    lambda path: steps.steps("", 1, path), lambda path: nearest.nearest("", "shapes", 1, 1, path),
+    lambda path: tour.tour("", "words", 0, path),
+])
+def test_a_place_that_cannot_be_written_is_told_before_the_work(command, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="cannot write"):
+        command(tmp_path / "file" / "below")
+
+
 @pytest.mark.parametrize("module, words", [
     (order, "--num 0"), (motions, "--num 0"), (slices, "--steps many"), (tasks, "nothing"),
     (steps, "--num"), (reference, "--num 1"), (nearest, ""), (speed, ""), (tour, ""),
-    (tour, "words --out page.pdf"), (ablate, "--arm other"), (ablate, "--minutes 0"),
+    (tour, "words --out page.pdf"), (steps, "--picture model.pt"),
+    (nearest, "--data shapes --picture model.pt"), (ablate, "--arm other"), (ablate, "--minutes 0"),
 ])
 def test_mistakes_are_told_in_one_line(module, words, capsys):
     with pytest.raises(SystemExit, match="2"):

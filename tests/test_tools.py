@@ -13,7 +13,8 @@ import pytest
 import torch
 
 import tools
-from tools import UserError, atomic_path, out_of_memory, printable, read_config, run_command
+from tools import UserError, atomic_path, check_output, out_of_memory, printable, read_config
+from tools import run_command
 
 ROOT = Path(tools.__file__).parent
 COMMAND = [sys.executable, ROOT / "sample.py", "a red circle spins"]
@@ -83,6 +84,27 @@ def test_an_interrupt_leaves_the_old_file(tmp_path, capsys, number, swallowed):
     assert run(command) == 128 + number
     assert capsys.readouterr().err == "interrupted\n"
     assert [p.read_bytes() for p in tmp_path.iterdir()] == [b"old"]
+
+
+def test_outputs_that_cannot_be_written_or_are_inputs_are_refused(tmp_path):
+    folder, file, circle = (tmp_path / name for name in ("folder", "file.png", "circle"))
+    folder.mkdir()
+    file.touch()
+    circle.symlink_to(circle)
+    link, inside = tmp_path / "link.png", folder / "inside.png"
+    link.symlink_to(file)
+    inside.touch()
+    before = sorted(tmp_path.rglob("*"))
+    for path, given in ((tmp_path / "new" / "a.png", file), (file, folder), (file, inside),
+                        (inside, file), (folder / "new.png", folder), (file, "missing")):
+        check_output(path, None, given)
+    for path in (folder, file / "a.png", circle / "a.png", Path(os.devnull), "a" * 300):
+        with pytest.raises(UserError, match="cannot write"):
+            check_output(path)
+    for path, given in ((file, file), (link, file), (file, link), (inside, folder)):
+        with pytest.raises(UserError, match="would be overwritten"):
+            check_output(path, None, given)
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_an_ignored_hangup_stays_ignored():

@@ -73,7 +73,7 @@ def test_extreme_log_variances_stay_finite():
 
 def test_a_new_block_is_its_skip():
     x = torch.randn(2, 16, 4, 5)
-    assert torch.equal(ResBlock(16, 16, 4)(x), x)
+    assert torch.equal(ResBlock(16, 4)(x), x)
     assert torch.equal(Attention(16, 4)(x), x)
 
 
