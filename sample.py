@@ -239,6 +239,11 @@ def load_pipeline(path: str | Path = CHECKPOINT, device: str | torch.device = "c
     return Pipeline(tokenizer, text_encoder, unet, vae, schedule, device, data)
 
 
+def load_autoencoder(path: str | Path) -> AutoencoderKL:
+    """The autoencoder of a checkpoint, vae.pt or model.pt. Raises UserError."""
+    return unpack(AutoencoderKL, VAEConfig, load_checkpoint(path, "vae")["vae"])
+
+
 def check_data(data: dict, factor: int) -> dict:
     """A checkpoint's "data" as in `Pipeline`; the sides of its size are multiples of `factor`.
     Raises ValueError."""

@@ -52,7 +52,8 @@ from torch.utils.checkpoint import checkpoint
 from data import FRAMES, DataError, VideoError, VideoFolder, chart, contact_sheet, different
 from data import evenly, prefetch, read_ahead, sides, to_model, to_uint8, write_picture, write_video
 from diffusion import DiffusionConfig, NoiseSchedule, diffusion_loss
-from sample import STEPS, Pipeline, captioned_grid, load_pipeline, read_prompts
+from sample import STEPS, Pipeline, captioned_grid, load_autoencoder, load_pipeline
+from sample import read_prompts
 from shapes import MovingShapes
 from text_encoder import TextEncoder, TextEncoderConfig, Tokenizer, normalize
 from unet3d import SpaceTimeBlock, UNet3D, UNet3DConfig
@@ -68,7 +69,7 @@ def train_vae(
     torch.manual_seed(args.seed)  # of the initial weights
     dataset, test, identity = open_dataset(args, preset)
     if args.init:
-        vae = unpack(AutoencoderKL, VAEConfig, load_checkpoint(args.init, "vae")["vae"])
+        vae = load_autoencoder(args.init)
     else:
         vae = AutoencoderKL(preset.vae)
     vae = vae.to(device).train()

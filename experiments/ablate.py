@@ -36,7 +36,7 @@ import train
 from data import FPS, FRAMES, to_model
 from diffusion import NoiseSchedule
 from experiments.slices import CIRCLES
-from sample import CHECKPOINT, Pipeline, load_pipeline
+from sample import CHECKPOINT, Pipeline, load_autoencoder
 from shapes import Thing, caption_accuracy, describe, place_in_frame, render
 from text_encoder import TextEncoder, Tokenizer
 from unet3d import UNet3D
@@ -209,7 +209,7 @@ def seconds_a_step(arm: dict, world: tuple, device: torch.device) -> float:
 def ablate(checkpoint: str, arms: list[str], minutes: float, seeds: int, clips: int) -> None:
     device = pick_device("auto")
     captions, scenes, videos = make_world(clips)
-    vaes = {True: load_pipeline(checkpoint, device).vae}
+    vaes = {True: load_autoencoder(checkpoint).to(device).eval()}
     vaes[False] = copy.deepcopy(vaes[True])
     vaes[False].latent_mean.zero_()
     vaes[False].latent_std.fill_(1)

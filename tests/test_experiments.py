@@ -254,6 +254,7 @@ def test_flow_says_what_it_means():
 def test_arms_are_compared_with_their_errors(tiny_checkpoint, monkeypatch, capsys, tmp_path):
     packed = torch.load(tiny_checkpoint, weights_only=True)
     packed["vae"]["state"]["latent_std"] *= 2
+    packed["unet"]["state"].popitem()  # a reader's UNet may differ: only the autoencoder is used
     torch.save(packed, tmp_path / "model.pt")
     monkeypatch.setattr(ablate, "CIRCLES", ablate.CIRCLES[:3])
     _, scenes, clips = ablate.make_world(3)
