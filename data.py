@@ -19,6 +19,7 @@ import math
 import os
 import re
 import threading
+import unicodedata
 import warnings
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -283,15 +284,17 @@ def _to_rgb(image):
         if not (values >= 0).all() or not (values <= top).all():
             raise VideoError(f"its values do not lie between 0 and {top}")
         image = Image.fromarray((values * (255 / top)).round().astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image)
     return image.convert("RGB")
 
 
 def _read_pictures(path, pick, size, place):
     """`read_frames` of a folder, or of an animated WebP, which ffmpeg does not read."""
     if os.path.isdir(path):
-        names = [name for name in os.listdir(path) if _suffix(name) in IMAGES and name[0] != "."]
-        if not names:
-            raise VideoError("a folder without pictures")
+        names = _series(path)
         # 2 before 10
         names.sort(key=lambda name: (re.sub("[0-9]+", lambda n: n[0].zfill(20), name), name))
         pictures = [(Path(path, name), 0) for name in names]
@@ -312,6 +315,24 @@ def _read_pictures(path, pick, size, place):
             image = image.resize(_cover(*image.size, size, len(index)))
             frames.append(_cut(np.asarray(image), size, place))
     return frames, times[index]
+
+
+def _series(path):
+    """The pictures in a folder whose names differ in their numbers alone; other pictures, fewer
+    than half as many, may lie there too. All where no two names are alike. Raises VideoError."""
+    names = [name for name in os.listdir(path) if _suffix(name) in IMAGES and name[0] != "."]
+    if not names:
+        raise VideoError("a folder without pictures")
+    series = {}
+    for name in sorted(names):
+        series.setdefault(re.sub("[0-9]+", "0", name), []).append(name)
+    longest, *rest = sorted(series.values(), key=len, reverse=True)
+    if len(longest) == 1:
+        return names
+    if rest and 2 * len(rest[0]) >= len(longest):
+        raise VideoError(f"two series of pictures, such as {longest[0]} and {rest[0][0]}: give "
+                         "each its own folder")
+    return longest
 
 
 def _is_animation(path):
@@ -340,8 +361,12 @@ def _read_file(path, pick, size, place):
         target = size[::-1] if turned and size else size
         width, height = _cover(frame.width * video.aspect, frame.height, target, len(index))
         # One step for size and colours, in C. Shrinking widens the kernel, so nothing aliases.
-        image = reformatter.reformat(frame, width, height, "rgb24", interpolation=method)
+        see_through = any(part.is_alpha for part in frame.format.components)
+        colours = "rgba" if see_through else "rgb24"
+        image = reformatter.reformat(frame, width, height, colours, interpolation=method)
         image = image.to_ndarray().swapaxes(0, int(turned))
+        if see_through:
+            image = np.asarray(_to_rgb(Image.fromarray(image)))
         down, right = (b, c) if turned else (d, a)
         return _cut(image[:: -1 if down < 0 else 1, :: -1 if right < 0 else 1], size, place)
 
@@ -532,7 +557,8 @@ SPREADSHEETS = (".arrow", ".ods", ".parquet", ".xls", ".xlsx")
 CAPTION_KINDS = (*TABLES, *SPREADSHEETS, *".caption .srt .txt .vtt .xml .yaml .yml".split())
 MAX_TEXT = 2**28  # bytes of a table
 # What is no caption: numbers, and what programs write where there is nothing.
-NO_CAPTION = re.compile(r"\s*([\d\s.,+-]*|nan|none|null)\s*", re.IGNORECASE)
+SPACE = r"[\s\u200b-\u200d\ufeff]*"  # some of it has no width
+NO_CAPTION = re.compile(rf"{SPACE}([\d\s.,+-]*|nan|n/?a|none|null){SPACE}", re.IGNORECASE)
 
 
 def find_captions(folder: Path) -> tuple[list, str]:
@@ -595,14 +621,18 @@ def _find(folder):
 def _walk(folder):
     """The names of the videos and of all other files in a folder and below it, sorted; without
     pictures that are frames."""
+    def unreadable(error):
+        if os.path.lexists(error.filename):
+            raise DataError(f"{error.filename}: {reason(error)}") from error
+
     videos, others, seen = [], [], set()
-    for root, folders, files in os.walk(folder, followlinks=True):
+    for root, folders, files in os.walk(folder, followlinks=True, onerror=unreadable):
         real = os.path.realpath(root)
         if real in seen:  # a link that leads in a circle
             folders.clear()
             continue
         seen.add(real)
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        folders[:] = sorted(name for name in folders if name[0] not in ".@#")  # of programs
         below = Path(root).relative_to(folder)
         files = {(below / name).as_posix() for name in files if not name.startswith(".")}
         found = {n for n in files if _suffix(n) in VIDEOS or _is_animation(folder / n)}
@@ -665,19 +695,19 @@ def read_text(path: str | Path, most: int = MAX_TEXT) -> str:
 
 
 def _rows(path, videos):
-    """[(where, file, caption), ...] of a file; `videos` are those that it lies beside. Raises
+    """[(where, files, caption), ...] of a file; `videos` are those that it lies beside. Raises
     ValueError where it does not hold captions."""
     pair = [next((p for p in map(path.with_name, names) if p.is_file()), None)
             for names in (VIDEO_LISTS, CAPTION_LISTS)]  # fmt: skip
     if videos:
         lines = enumerate(read_text(path).split("\n"), 1)
-        return [(f"line {i}", video, line) for i, line in lines if line.strip() for video in videos]
+        return [(f"line {i}", [v], line) for i, line in lines if line.strip() for v in videos]
     if path in pair and all(pair):
         files, captions = (read_text(path).rstrip().split("\n") for path in pair)
         if len(files) != len(captions):
             raise ValueError(f"{len(captions)} lines, {pair[0].name} {len(files)}")
-        return [(f"line {i}", *row) for i, row in enumerate(zip(files, captions), 1)]
-    table, columns = [], set()
+        return [(f"line {i}", [x], text) for i, (x, text) in enumerate(zip(files, captions), 1)]
+    table, columns = [], set()  # a row may name its file in several columns
     for where, row in _read_table(path):
         if not isinstance(row, dict):
             raise ValueError(f'{where} is no {{"file": "...", "caption": "..."}}')
@@ -685,8 +715,9 @@ def _rows(path, videos):
             raise ValueError(f"{where} has too many columns; commas need quotation marks")
         row = {re.sub(r"[\s-]+", "_", key.strip().lower()): row[key] for key in row}
         columns |= row.keys()
-        table.append((where, *(next((row[n] for n in names if n in row), None)
-                               for names in (FILE_COLUMNS, CAPTION_COLUMNS))))  # fmt: skip
+        if any(value not in (None, "") for value in row.values()):  # spreadsheets leave empty rows
+            caption = next((row[name] for name in CAPTION_COLUMNS if name in row), None)
+            table.append((where, [row[name] for name in FILE_COLUMNS if name in row], caption))
     if table and (columns.isdisjoint(FILE_COLUMNS) or columns.isdisjoint(CAPTION_COLUMNS)):
         raise ValueError(f"its columns are {', '.join(sorted(columns)[:9])}")
     return table
@@ -724,13 +755,17 @@ def _read_table(path):
 
 def _locate(folder, base, file):
     """The name below `folder` of what a table in its folder `base` calls `file`, or None."""
-    for path in (file.strip(), file.strip().replace("\\", "/")):
-        for start in (base, ""):
-            name = os.path.normpath(os.path.join(start, path))
-            # A path that leads out of the folder must begin like one.
-            outside = name.startswith("..") and not path.startswith("..")
-            if path and not outside and os.path.exists(folder / name):
-                return name.removeprefix(f"{folder.absolute()}/")
+    paths = file.strip(), file.strip().replace("\\", "/")
+    forms = ("NFC", "NFD")  # an accent is part of its letter, or follows it, as in names on a Mac
+    paths = [*paths, *(unicodedata.normalize(form, path) for form in forms for path in paths)]
+    for path, start in itertools.product(filter(None, paths), (base, "")):
+        name = os.path.normpath(os.path.join(start, path))
+        # A path that leads out of the folder must begin like one.
+        outside = name.startswith("..") and not path.startswith("..")
+        if not outside and os.path.exists(folder / name):
+            roots = (os.path.abspath(folder), os.path.realpath(folder))
+            inside = [name[len(root) + 1 :] for root in roots if name.startswith(f"{root}/")]
+            return [*inside, name][0]
     return None
 
 
@@ -740,13 +775,14 @@ def _merge(folder, tables):
     merged, missing, origin = {}, {}, {}
     for table, rows in tables.items():
         placed, base = {}, os.path.dirname(table)
-        for where, file, captions in rows:
+        for where, files, captions in rows:
             where = f"{folder / table}, {where}"
-            if not isinstance(file, str) or not file.strip():
+            files = [file.strip() for file in files if isinstance(file, str) and file.strip()]
+            if not files:
                 raise DataError(f"{where}: no name of a file")
-            name = _locate(folder, base, file)
+            name = next(filter(None, (_locate(folder, base, file) for file in files)), None)
             if not name:
-                missing[file.strip()] = f"{table} names it, and it is not there"
+                missing[files[0]] = f"{table} names it, and it is not there"
             for text in captions if isinstance(captions, list) and captions else [captions]:
                 if not isinstance(text, str) or NO_CAPTION.fullmatch(text):
                     raise DataError(f"{where}: no caption but {str(text)[:40]!r}")
@@ -797,7 +833,8 @@ def _mentions(path, names, stems):
         tokens = re.findall(r"""[^\s,;:"'|{}\[\]()]+""", line)
         parts = {*tokens, *re.split(r"""[,;\t|:"]""", line)}
         named = {part for part in parts if re.split(r"[\\/]", part.strip())[-1] in names
-                 or _suffix(path) in TABLES and part.strip().lower() in stems}  # fmt: skip
+                 or _suffix(path) in TABLES and part.strip().lower() in stems
+                 and not part.strip().isdigit()}  # fmt: skip
         for part in named:
             line = line.replace(part, "")
         if re.search(r"[^\W\d_]{2}", line):  # a word

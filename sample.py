@@ -32,6 +32,7 @@ import os
 import re
 import sys
 import textwrap
+import unicodedata
 from argparse import Namespace
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -499,7 +500,7 @@ def check_options(args: Namespace) -> None:
             raise UserError(message)
     if suffix not in FORMATS and args.out.exists() and not args.out.is_dir():
         raise UserError(f"{out} is neither a folder nor a {', '.join(FORMATS)} file")
-    for path in (args.out if suffix in FORMATS else args.out / "x", *extras):
+    for path in (args.out if suffix in FORMATS else args.out / "video.gif", *extras):
         check_output(path)
 
 
@@ -519,13 +520,23 @@ def read_stories(args: Namespace, captions: Sequence[str]) -> list[list[str]]:
     if args.prompts is not None:
         lines = captions if args.prompts == "captions" else read_prompts(args.prompts)
         if not 0 < len(lines) * args.num <= 10_000:
-            raise UserError(f"--prompts {args.prompts}: {len(lines)} sentences, of 1 to 10000")
+            raise UserError(f"--prompts {args.prompts}: {len(lines)} sentences with {args.num} videos "
+                            "each, and it takes 1 to 10000 videos")
         stories = [[line] * (1 + args.extend) for line in lines for _ in range(args.num)]
     else:  # the last sentence goes on for as long as there are chunks
         more = args.prompt[-1:] * (1 + args.extend - len(args.prompt))
         stories = [args.prompt + more] * args.num
     # A class of UCF-101, by the sentence that stands for it in training.
-    return [[UCF101.get(sentence.strip(), sentence) for sentence in story] for story in stories]
+    return [[UCF101.get(sentence.strip()) or without_marks(sentence, captions) for sentence in story]
+            for story in stories]
+
+
+def without_marks(sentence: str, captions: Sequence[str]) -> str:
+    """Marks and symbols that no caption has become spaces: "a-red-circle" is "a red circle"."""
+    known = set("".join(captions) or sentence)
+    told = "".join(char if char in known or unicodedata.category(char)[0] not in "PS" else " "
+                   for char in sentence)  # fmt: skip
+    return told if told.strip() else sentence
 
 
 def output_paths(args: Namespace, stories: list[list[str]]) -> list[Path]:

@@ -441,6 +441,8 @@ def load_tensors(path: str | Path, kind: str) -> object:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of a foreign pickle, one error says enough
             return torch.load(path, map_location="cpu", weights_only=True)
+    except PermissionError as error:
+        raise UserError(f"cannot read {path}: {reason(error)}") from error
     except Exception as error:  # truncated archives and foreign files fail in many ways
         raise UserError(f"{path} is not a readable {kind}: it is damaged, or holds other things "
                         "than tensors and plain values") from error

@@ -944,11 +944,23 @@ def find_state(args: argparse.Namespace) -> dict | None:
     if args.resume and not (out / "config.json").is_file():
         raise UserError(f"there is no {stage} run in {out} to resume")
     result = out / ("vae.pt" if stage == "vae" else "model.pt")
+    if not last.is_file() and not is_run(out):
+        for path in filter(Path.exists, (out / "config.json", out / "log.jsonl")):
+            raise UserError(f"{path} is not of a run and would be overwritten: choose another "
+                            "--out")
     if args.resume:
         say(f"{out} has no checkpoint of the {stage} stage yet: it begins at step 1")
     elif result.exists():
         raise UserError(f"{result} would be overwritten: choose another --out")
     return None
+
+
+def is_run(out: Path) -> bool:
+    """Is the config.json in a folder that of a run?"""
+    try:
+        return {"arguments", "preset"} <= json.loads((out / "config.json").read_text()).keys()
+    except (OSError, ValueError, AttributeError):
+        return False
 
 
 def read_state(path: Path) -> dict:

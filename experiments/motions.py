@@ -11,21 +11,20 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from tools import pick_device, print_row, run_command
+from tools import print_row, run_command
 
 import itertools
 
 import numpy as np
 
 from data import FPS
-from experiments.order import drawing_parser
-from sample import load_pipeline
+from experiments.order import drawing_parser, load_painter
 from shapes import COLOURS, MOTIONS, POLYGONS, REACH, Thing, caption_accuracy, describe
 
 
 def motions(checkpoint: str | Path, num: int) -> None:
     """For each motion and shape `num` clips, in the colours by turns."""
-    pipeline = load_pipeline(checkpoint, pick_device("auto"))
+    pipeline = load_painter(checkpoint)
     for motion in MOTIONS:
         rows = {"shape": {}, "motion": {}}
         for shape in REACH if motion != "spins" else POLYGONS:  # nobody could see a circle spin

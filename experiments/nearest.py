@@ -16,14 +16,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from tools import check_output, file_name, number, pick_device, print_row, run_command
+from tools import UserError, check_output, file_name, number, pick_device, print_row, run_command
 
 from dataclasses import replace
 
 import numpy as np
 
 import metrics
-from data import FRAMES, VideoFolder, contact_sheet, read_ahead, write_picture
+from data import VideoFolder, contact_sheet, read_ahead, write_picture
 from experiments.order import drawing_parser
 from experiments.reference import spoil
 from sample import load_pipeline
@@ -41,12 +41,19 @@ def nearest(checkpoint: str | Path, data: str, videos: int, num: int, picture: P
     device = pick_device("auto")
     pipeline = load_pipeline(checkpoint, device)
     form = {"frames": pipeline.frames, "size": pipeline.size}
+    if pipeline.frames < metrics.I3D_MIN_FRAMES:
+        raise UserError(f"{checkpoint} draws {pipeline.frames} frames, and FVD needs "
+                        f"{metrics.I3D_MIN_FRAMES}")
+    if data == "shapes" and not isinstance(pipeline.size, int):
+        raise UserError(f"{checkpoint} draws no squares, and the built-in clips are: name its data")
     dataset = MovingShapes(videos, **form) if data == "shapes" else VideoFolder(data, **form)
     networks, _ = metrics.load_networks(metrics.parse_args(["--fake", data]), ["fvd"], device)
     real = [clip for _, clip in read_ahead(dataset, range(len(dataset))) if clip is not None]
     clips = np.stack([sample.video for sample in real])
     chosen = real[:num]
     num = len(chosen)
+    if num < 2:
+        raise UserError(f"{data}: a distance between sets needs two clips or more")
     asked, rates = [s.caption for s in chosen], [s.fps for s in chosen]
     shown = {
         "real": [s.video for s in chosen],
@@ -67,9 +74,9 @@ def nearest(checkpoint: str | Path, data: str, videos: int, num: int, picture: P
         same = [s.caption == real[i].caption for s, i in zip(chosen, found[name])]
         print_row(clips=name, num=num, distance=np.median(distances.min(1)),
                   same_caption=np.mean(same), **metrics.compare(whole, side, ["fvd"]))
-    for warning in metrics.small_sample_warnings(["fvd"], num, FRAMES):
+    for warning in metrics.small_sample_warnings(["fvd"], num, pipeline.frames):
         print(f"warning: {warning}", file=sys.stderr)
-    frames = np.linspace(0, FRAMES - 1, 8).round().astype(int)
+    frames = np.linspace(0, pipeline.frames - 1, 8).round().astype(int)
     rows = []
     for i in np.linspace(0, num - 1, min(num, 4)).round().astype(int):
         rows += [shown["generated"][i], clips[found["generated"][i]]]
@@ -79,7 +86,7 @@ def nearest(checkpoint: str | Path, data: str, videos: int, num: int, picture: P
 
 def parse_args(argv=None):
     """The command line."""
-    parser = drawing_parser(__doc__, 36, "training clips to draw again")
+    parser = drawing_parser(__doc__, 36, "training clips to draw again", least=2)
     parser.add_argument("--data", required=True, metavar="shapes|FOLDER")
     parser.add_argument("--videos", type=number(int, 1, 2**20), default=1000,
                         help="that were trained on, with --data shapes (%(default)s)")

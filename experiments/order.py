@@ -11,15 +11,17 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from tools import Parser, number, pick_device, print_row, run_command
+from tools import Parser, UserError, number, pick_device, print_row, run_command
 
 import itertools
 from dataclasses import replace
 
 import numpy as np
 
-from sample import CHECKPOINT, load_pipeline
-from shapes import MovingShapes, actions_shown, describe
+from data import FRAMES
+from metrics import check_words
+from sample import CHECKPOINT, Pipeline, load_pipeline
+from shapes import COLOURS, MOTIONS, REACH, SIZE, MovingShapes, actions_shown, describe
 
 
 def ordered_pairs(num: int) -> tuple[list, list]:
@@ -32,7 +34,7 @@ def ordered_pairs(num: int) -> tuple[list, list]:
 
 def order(checkpoint: str | Path, num: int) -> None:
     """Of pairs "X, then Y" and "Y, then X", drawn from the same noise: how many are read right."""
-    pipeline, right = load_pipeline(checkpoint, pick_device("auto")), []
+    pipeline, right = load_painter(checkpoint), []
     for things in ordered_pairs(num):
         videos = pipeline.generate([describe([thing]) for thing in things])
         right.append([actions_shown(v) == thing.actions for v, thing in zip(videos, things)])
@@ -41,11 +43,21 @@ def order(checkpoint: str | Path, num: int) -> None:
     print_row(pairs=num, first=int(first.sum()), second=int(second.sum()), both=both)
 
 
-def drawing_parser(description: str, num: int, what: str) -> Parser:
+def load_painter(checkpoint: str | Path) -> Pipeline:
+    """A model of the built-in shapes as they are. Raises UserError for others."""
+    pipeline = load_pipeline(checkpoint, pick_device("auto"))
+    check_words(pipeline, [*COLOURS, *REACH, *MOTIONS])
+    if (pipeline.frames, pipeline.size) != (FRAMES, SIZE):
+        raise UserError(f"{checkpoint} was trained on clips of other than {FRAMES} frames of {SIZE} "
+                        "pixels, so they cannot be compared with the built-in ones")
+    return pipeline
+
+
+def drawing_parser(description: str, num: int, what: str, least: int = 1) -> Parser:
     """For a command that draws with a checkpoint; `what` says of what it draws `num`."""
     parser = Parser(description=description)
     parser.add_argument("--checkpoint", default=CHECKPOINT, help="(the shipped model)")
-    parser.add_argument("--num", type=number(int, 1, 10_000), default=num,
+    parser.add_argument("--num", type=number(int, least, 10_000), default=num,
                         help=f"{what} (%(default)s)")
     return parser
 

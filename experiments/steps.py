@@ -11,22 +11,21 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from tools import check_output, file_name, pick_device, print_row, run_command
+from tools import check_output, file_name, print_row, run_command
 
 import time
 
 from data import FPS, chart, write_picture
 from diffusion import SAMPLERS
-from experiments.order import drawing_parser
+from experiments.order import drawing_parser, load_painter
 from metrics import caption_sets
-from sample import load_pipeline
 from shapes import caption_accuracy
 
 
 def steps(checkpoint: str | Path, num: int, picture: Path) -> None:
     """Caption accuracy against the number of sampling steps, for each sampler; also as a chart."""
     check_output(picture)
-    pipeline = load_pipeline(checkpoint, pick_device("auto"))
+    pipeline = load_painter(checkpoint)
     sets = caption_sets(num)
     captions, _, scenes = zip(*sets["seen"], *sets["two_objects"])
     halves = {"one_object": slice(num), "two_objects": slice(num, None)}

@@ -10,7 +10,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from tools import pick_device, print_row, run_command
+from tools import print_row, run_command
 
 import itertools
 import time
@@ -18,8 +18,8 @@ import time
 import numpy as np
 
 from data import FPS, FRAMES
-from experiments.order import drawing_parser
-from sample import CONDITIONINGS, Pipeline, load_pipeline
+from experiments.order import drawing_parser, load_painter
+from sample import CONDITIONINGS, Pipeline
 from shapes import BACKGROUND, COLOURS, DIRECTIONS, FPS_RANGE, POLYGONS, SPEED, MovingShapes
 from shapes import actions_shown, caption_accuracy
 
@@ -34,7 +34,7 @@ def changes(videos: np.ndarray) -> np.ndarray:
 
 def tasks(checkpoint: str | Path, num: int) -> None:
     """Given frames, stories and frame rates, three tables."""
-    pipeline = load_pipeline(checkpoint, pick_device("auto"))
+    pipeline = load_painter(checkpoint)
     given_frames(pipeline, num)
     stories(pipeline, num)
     speeds(pipeline, num)

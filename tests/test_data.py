@@ -719,6 +719,20 @@ def test_frames_that_make_no_video(tmp_path, monkeypatch):
         read_frames(clip, every, 4)
 
 
+def test_a_folder_of_frames_is_one_series(tmp_path):
+    def lengths(*names):
+        clip = tmp_path / str(len(list(tmp_path.iterdir())))
+        clip.mkdir()
+        for i, name in enumerate(names):
+            Image.new("L", (8, 8), 10 * i).save(clip / name)
+        return (read_frames(clip, every, None)[0][:, 0, 0, 0] // 10).tolist()
+
+    assert lengths("cover.jpg", "f_10.png", "f_9.png", "f_11.png") == [2, 1, 3]
+    assert lengths("c.png", "a.png", "b.png") == [1, 2, 0]
+    with pytest.raises(VideoError, match="two series .*flow_x_1.jpg and img_1.jpg"):
+        lengths("img_1.jpg", "flow_x_1.jpg", "img_2.jpg", "flow_x_2.jpg")
+
+
 def bomb_gif(path):
     """A canvas of 60,000 x 60,000 pixels in a few bytes."""
     write_video(path, np.zeros((2, 8, 8, 3), np.uint8))
@@ -884,6 +898,15 @@ LAYOUTS = {
     "flat UCF-101": ({"v_YoYo_g01_c02.avi": "a person plays with a yo-yo",
                       "x/v_HandStandPushups_g01_c02.avi":
                       "a person does push-ups in a handstand"}, {}),
+    "empty rows": (PAIR, {"captions.csv": CSV.replace("\nb", "\n,\nb") + ",\n,\n"}),
+    "a number and a path": (PAIR, {"captions.csv": "video,path,caption\n" + "".join(
+        f"{i},{v},{c}\n" for i, (v, c) in enumerate(PAIR.items()))}),
+    "accents of a Mac": ({"cafe\u0301.mp4": DOG, "\u00e9.mp4": CAT}, {
+        "captions.csv": f"file,caption\ncaf\u00e9.mp4,{DOG}\ne\u0301.mp4,{CAT}\n"}),
+    "numbers that are no names": ({"run/1.mp4": "run", "sit/2.mp4": "sit"}, {
+        "stats.json": '{"mean": 1,\n"unit": "pixels"}'}),
+    "folders of programs": ({"a dog.mp4": "a dog"}, {
+        "@eaDir/a dog.mp4": None, "#recycle/b.mp4": None}),
     "names of files": ({
         "a_dog runs-Fast.mp4": "a dog runs fast", "clip7": "clip7", "ein Hund läuft.gif":
         "ein hund läuft", "videos/ride.ts": "ride"}, {
@@ -920,6 +943,8 @@ WRONG = {
     "empty": ({"captions.csv": "file,caption\na.mp4,hi\nz.mp4,  \n"}, "line 3: no caption"),
     "number": ({"captions.csv": "file,caption\na.mp4,hi\nz.mp4,3.5\n"}, "line 3: no caption"),
     "nan": ({"captions.csv": "file,caption\na.mp4,nan\n"}, "line 2: no caption"),
+    "n/a": ({"captions.csv": "file,caption\na.mp4,N/A\n"}, "line 2: no caption"),
+    "no width": ({"captions.csv": "file,caption\na.mp4,\u200b \ufeff\n"}, "line 2: no caption"),
     "no file": ({"captions.csv": "file,caption\n,hi\n"}, "line 2: no name"),
     "comma": ({"captions.csv": "file,caption\na.mp4,one, two\n"}, "line 2 .*quotation marks"),
     "only columns": ({"captions.csv": "file,caption\n"}, "captions.csv .* empty"),
@@ -972,6 +997,37 @@ def test_captions_that_are_wrong_or_unused_are_refused(tmp_path, kind):
     with pytest.raises(DataError, match=message) as error:
         VideoFolder(tmp_path / "data")
     assert "\n" not in str(error.value) and str(tmp_path) in str(error.value)
+
+
+def test_captions_named_by_numbers_are_not_overlooked(tmp_path):
+    fill(tmp_path, {"run/1.mp4": None, "run/2.mp4": None, "run/3.mp4": None,
+                    "list.json": '{"1": "a dog",\n"2": "a cat",\n"3": "a bird"}'})
+    with pytest.raises(DataError, match="list.json looks like captions"):
+        find_captions(tmp_path)
+
+
+def test_whole_paths_are_found_from_anywhere(tmp_path, monkeypatch):
+    folder = tmp_path / "data"
+    fill(folder, {"x/a.mp4": None, "captions.csv": f"file,caption\n{folder}/x/a.mp4,{DOG}\n"})
+    (tmp_path / "link").symlink_to(folder)
+    monkeypatch.chdir(folder / "x")
+    for path in (folder, Path(".."), tmp_path / "data/../data", tmp_path / "link"):
+        dataset = VideoFolder(path)
+        assert dataset.items == [("x/a.mp4", DOG)] and not dataset.left_out
+
+
+def test_a_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch):
+    touch(tmp_path, "run/1.mp4", "sit/2.mp4")
+    scandir = os.scandir
+
+    def denied(path):
+        if str(path).endswith("run"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", denied)
+    with pytest.raises(DataError, match="run: Permission denied"):
+        find_captions(tmp_path)
 
 
 def test_pipes_that_are_named_like_captions_are_not_opened(tmp_path):
@@ -1284,6 +1340,34 @@ def test_pictures_keep_their_brightness_and_stand_upright(tmp_path):
         Image.fromarray(values).save(tmp_path / name)
         with pytest.raises(VideoError, match="do not lie between 0 and 1"):
             read_image(tmp_path / name, 8)
+
+
+def test_what_is_transparent_is_white_whatever_its_colour(tmp_path):
+    """In pictures, with and without a palette, in folders of them, in animations and in videos."""
+    clear = np.zeros((8, 8, 4), np.uint8)
+    clear[..., 1] = 200  # a hidden green
+    clear[2:6, 2:6] = 230, 45, 45, 255
+    seen = np.full((8, 8, 3), 255, np.uint8)
+    seen[2:6, 2:6] = 230, 45, 45
+    picture, clip = Image.fromarray(clear), tmp_path / "clip"
+    clip.mkdir()
+    picture.save(clip / "0.png")
+    picture.quantize(4).save(clip / "1.png")
+    picture.save(clip / "2.webp", lossless=True, exact=True)
+    for name in ("0.png", "1.png", "2.webp"):
+        assert np.array_equal(read_image(clip / name, 8), seen), name
+    more = [Image.fromarray(np.roll(clear, 1, 1))]
+    picture.save(tmp_path / "a.webp", save_all=True, append_images=more, lossless=True, exact=True)
+    (clip / "1.png").unlink()
+    with av.open(str(tmp_path / "a.mov"), "w") as container:
+        stream = container.add_stream("png", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 8, 8, "rgba"
+        for _ in range(2):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(clear, "rgba")))
+        container.mux(stream.encode())
+    for path in (clip, tmp_path / "a.webp", tmp_path / "a.mov"):
+        video, _ = read_frames(path, every, None)
+        assert len(video) == 2 and np.array_equal(video[0], seen), path
 
 
 @pytest.mark.parametrize("curves", [

@@ -36,7 +36,7 @@ def test_pairs_differ_in_the_order_alone():
 def test_a_model_deaf_to_the_order_gets_no_pair_right(monkeypatch, capsys):
     first, _ = order.ordered_pairs(10)
     pipeline = SimpleNamespace(generate=lambda _: [render([thing]) for thing in first])
-    monkeypatch.setattr(order, "load_pipeline", lambda *_: pipeline)
+    monkeypatch.setattr(order, "load_painter", lambda *_: pipeline)
     order.order("", 10)
     row, = rows(capsys.readouterr().out)
     assert row == {"pairs": 10, "first": 10, "second": 0, "both": 0}
@@ -103,7 +103,7 @@ def test_every_shape_is_asked_for_in_every_motion(monkeypatch, capsys):
     wordings = {WORDINGS[action][0]: action for action in MOTIONS}
     ACTIONS = wordings | {WORDINGS["spins"][0]: "stays still"}
     pipeline = SimpleNamespace(generate=generate)
-    monkeypatch.setattr(motions, "load_pipeline", lambda *_: pipeline)
+    monkeypatch.setattr(motions, "load_painter", lambda *_: pipeline)
     motions.motions("", 2)
     found = {(row["motion"], row["right"]): row for row in rows(capsys.readouterr().out)}
     assert {motion for motion, _ in found} == set(MOTIONS)
@@ -322,6 +322,29 @@ def test_the_tour_is_one_page_that_names_true_places(tiny_checkpoint, tmp_path, 
         lines = (Path(tour.__file__).parent.parent / file).read_text().splitlines()
         here = "".join(lines[int(line) - 1 : int(line) + 2])  # the decorators are above the name
         assert re.search(rf"def {name.split('.')[-1]}\b", here), (file, line, name)
+
+
+def test_models_of_other_videos_are_refused(tiny_pipeline, tmp_path, monkeypatch):
+    def checkpoint(**data):
+        torch.save(tiny_pipeline.pack() | {"data": data}, tmp_path / "model.pt")
+        return tmp_path / "model.pt"
+
+    monkeypatch.setattr(nearest.metrics, "load_networks", lambda *_: ({}, {}))
+    monkeypatch.setattr(tiny_pipeline.tokenizer, "words", {"a", "person", "waves"})
+    for command in (order.order, motions.motions, tasks.tasks):
+        with pytest.raises(UserError, match="the model never saw 'red'"):
+            command(checkpoint(size=64), 1)
+    tiny_pipeline.tokenizer.words = {*COLOURS, *REACH, *MOTIONS, "stays", "still"}  # of shapes
+    for data in ({"size": 32}, {"size": (96, 64)}, {"size": 64, "frames": 8}):
+        with pytest.raises(UserError, match="16 frames of 64 pixels"):
+            order.order(checkpoint(**data), 1)
+    picture = tmp_path / "nearest.png"
+    for data, message in (({"frames": 8}, "8 frames, and FVD"), ({"size": (96, 64)}, "no squares")):
+        with pytest.raises(UserError, match=message):
+            nearest.nearest(checkpoint(**data), "shapes", 4, 4, picture)
+    slices.write_circles(tmp_path / "one", 1)
+    with pytest.raises(UserError, match="two clips or more"):
+        nearest.nearest(checkpoint(size=32), str(tmp_path / "one"), 0, 4, picture)
 
 
 @pytest.mark.parametrize("command", [

@@ -494,6 +494,16 @@ def test_a_class_is_known_by_its_name(command):
     assert sample.read_stories(args, ()) == [[data.UCF101["Archery"], "a man"]]
 
 
+@pytest.mark.parametrize("told, read", [
+    ("a-red_circle “moves” right 🎬.", "a red circle  moves  right  ."), ("x, y; z", "x, y  z"),
+    ("cafe\u0301", "cafe\u0301"), ("नमस्ते", "नमस्ते"), ("?!", "?!"), ("a dog's tail", "a dog's tail"),
+])
+def test_marks_that_were_never_trained_are_spaces(told, read):
+    args = sample.parse_args([told])
+    assert sample.read_stories(args, ["a dog's tail, or a", "cat."]) == [[read]]
+    assert sample.read_stories(args, ()) == [[told]]  # nothing is known of its training
+
+
 CAPTIONS = ["a red circle spins", "a blue ring moves up", "a red ring moves up, then left"]
 
 
@@ -710,7 +720,7 @@ def files(tmp_path_factory):
     ("--words", "--prompts"),
     ("--upscale 64 --frames 512", "too large"),
     ("--extend 1000 --frames 512 --upscale 1", "too large"),
-    ("--denoising d.mp4", ".gif or .png"),
+    ("--denoising d.mp4", ".png or .gif"),
     ("--denoising d.gif --num 2", "--num"),
     ("--denoising x.gif --out ./x.gif", "same file"),
     ("--checkpoint nowhere/model.pt --out a/b", "no checkpoint at nowhere/model.pt"),

@@ -481,7 +481,7 @@ def test_a_new_colour_and_a_new_shape_are_three_lines(tmp_path):
     """The first exercise of the README, as written there."""
     source = Path(shapes.__file__).read_text()
     for table, line in {
-        "COLOURS": '"orange": (250, 140, 40)', "REACH": '"hexagon": 1.05',
+        "COLOURS": '"cyan": (40, 220, 230)', "REACH": '"hexagon": 1.05',
         "POLYGONS": '"hexagon": (6, np.cos(np.pi / 6))',
     }.items():
         assert f"{table} = {{" in source
@@ -495,7 +495,7 @@ def test_a_new_colour_and_a_new_shape_are_three_lines(tmp_path):
     finally:
         del sys.modules["more_shapes"]
     clips = [clip for clip in module.MovingShapes(120, objects=1)
-             if {"orange", "hexagon"} & set(clip.caption.split())]
+             if {"cyan", "hexagon"} & set(clip.caption.split())]
     assert len(clips) > 15
     read = module.caption_accuracy([c.scene for c in clips], [c.video for c in clips],
                                    [c.fps for c in clips])

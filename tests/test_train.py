@@ -596,6 +596,9 @@ REFUSED = {  # arguments after --out OUT, where lies a finished run: what the on
     "vae --out ELSEWHERE/new --data ELSEWHERE/videos --videos 3": "--videos is for",
     "vae --out ELSEWHERE/new --data ELSEWHERE/videos --stride 2 --clip-seconds 1": "not allowed",
     "vae --out OUT/log.jsonl": "log.jsonl",
+    "vae --out ELSEWHERE/mine": "config.json is not of a run and would be overwritten",
+    "vae --out ELSEWHERE/mine --resume": "config.json is not of a run and would be overwritten",
+    "vae --out ELSEWHERE/logs": "log.jsonl is not of a run and would be overwritten",
 }
 
 
@@ -609,6 +612,9 @@ def test_what_is_refused_is_one_line_and_changes_nothing(
     for name in ("videos", "empty"):
         (tmp_path / name).mkdir()
     (tmp_path / "videos" / "a.avi").write_text("text")
+    for name, text in (("mine/config.json", '{"editor": 1}'), ("logs/log.jsonl", "mine")):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_text(text)
     (tmp_path / "empty.txt").write_text(" \n\n")
     (tmp_path / "many.txt").write_text("a cat runs\n" * 101)
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
