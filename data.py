@@ -285,9 +285,11 @@ def _to_rgb(image):
             raise VideoError(f"its values do not lie between 0 and {top}")
         image = Image.fromarray((values * (255 / top)).round().astype(np.uint8))
     if image.has_transparency_data:
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(white, image)
+        white = Image.new("RGB", image.size, "white")
+        for top in range(0, image.height, 64):  # in strips, for a copy of all is large
+            strip = image.crop((0, top, image.width, min(top + 64, image.height))).convert("RGBA")
+            white.paste(strip, (0, top), strip)
+        return white
     return image.convert("RGB")
 
 
@@ -346,6 +348,7 @@ def _is_animation(path):
 
 def _read_file(path, pick, size, place):
     import av
+    from av.sidedata.sidedata import SideDataContainer  # frame.side_data would keep the frame
     from av.video.reformatter import Interpolation, VideoReformatter
 
     reformatter = VideoReformatter()  # keeps its tables from frame to frame
@@ -355,7 +358,7 @@ def _read_file(path, pick, size, place):
     def convert(frame):
         """A decoded frame as it is to be seen: uint8 (h, w, 3), scaled and cut."""
         # The display matrix, [[a, b, _], [c, d, _], ...], turns (x, y) into (ax + cy, bx + dy).
-        matrix = frame.side_data.get("DISPLAYMATRIX")
+        matrix = SideDataContainer(frame).get("DISPLAYMATRIX")
         a, b, _, c, d = np.frombuffer(matrix, np.int32)[:5] if matrix else (1, 0, 0, 0, 1)
         turned = abs(b) > abs(a)
         target = size[::-1] if turned and size else size
