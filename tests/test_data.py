@@ -2,6 +2,7 @@
 captions, whatever lies in it."""
 
 import errno
+import gc
 import io
 import json
 import os
@@ -634,6 +635,17 @@ def test_clips_are_mirrored_only_on_demand(tmp_path):
 
     assert all(left_is_red())
     assert 3 < sum(left_is_red(flip=True)) < 13
+
+
+def test_frames_are_not_kept_once_they_are_converted(tmp_path):
+    write(tmp_path / "a.mp4", greys(20))
+    gc.collect()
+    gc.disable()  # or it would hide what refers to itself
+    try:
+        read_frames(tmp_path / "a.mp4", every, 16)
+        assert sum(isinstance(each, av.VideoFrame) for each in gc.get_objects()) < 4
+    finally:
+        gc.enable()
 
 
 def test_a_4k_video_is_read(tmp_path):
