@@ -286,9 +286,9 @@ def _to_rgb(image):
         image = Image.fromarray((values * (255 / top)).round().astype(np.uint8))
     if image.has_transparency_data:
         white = Image.new("RGB", image.size, "white")
-        for top in range(0, image.height, 64):  # in strips, for a copy of all is large
-            strip = image.crop((0, top, image.width, min(top + 64, image.height))).convert("RGBA")
-            white.paste(strip, (0, top), strip)
+        for y in range(0, image.height, 64):  # in strips, for a copy of all is large
+            strip = image.crop((0, y, image.width, min(y + 64, image.height))).convert("RGBA")
+            white.paste(strip, (0, y), strip)
         return white
     return image.convert("RGB")
 
@@ -297,8 +297,6 @@ def _read_pictures(path, pick, size, place):
     """`read_frames` of a folder, or of an animated WebP, which ffmpeg does not read."""
     if os.path.isdir(path):
         names = _series(path)
-        # 2 before 10
-        names.sort(key=lambda name: (re.sub("[0-9]+", lambda n: n[0].zfill(20), name), name))
         pictures = [(Path(path, name), 0) for name in names]
         times = np.arange(len(names)) / FOLDER_FPS
     else:
@@ -320,13 +318,16 @@ def _read_pictures(path, pick, size, place):
 
 
 def _series(path):
-    """The pictures in a folder whose names differ in their numbers alone; other pictures, fewer
-    than half as many, may lie there too. All where no two names are alike. Raises VideoError."""
+    """The pictures in a folder whose names differ in their numbers alone, in order; other pictures,
+    fewer than half as many, may lie there too. All where no two names are alike. Raises
+    VideoError."""
     names = [name for name in os.listdir(path) if _suffix(name) in IMAGES and name[0] != "."]
     if not names:
         raise VideoError("a folder without pictures")
+    # 2 before 10
+    names.sort(key=lambda name: (re.sub("[0-9]+", lambda n: n[0].zfill(20), name), name))
     series = {}
-    for name in sorted(names):
+    for name in names:
         series.setdefault(re.sub("[0-9]+", "0", name), []).append(name)
     longest, *rest = sorted(series.values(), key=len, reverse=True)
     if len(longest) == 1:
@@ -761,14 +762,16 @@ def _locate(folder, base, file):
     paths = file.strip(), file.strip().replace("\\", "/")
     forms = ("NFC", "NFD")  # an accent is part of its letter, or follows it, as in names on a Mac
     paths = [*paths, *(unicodedata.normalize(form, path) for form in forms for path in paths)]
-    for path, start in itertools.product(filter(None, paths), (base, "")):
+    # Each once: a table may name thousands of files on a slow disk.
+    paths, starts = dict.fromkeys(filter(None, paths)), dict.fromkeys((base, ""))
+    for path, start in itertools.product(paths, starts):
         name = os.path.normpath(os.path.join(start, path))
         # A path that leads out of the folder must begin like one.
         outside = name.startswith("..") and not path.startswith("..")
         if not outside and os.path.exists(folder / name):
-            roots = (os.path.abspath(folder), os.path.realpath(folder))
-            inside = [name[len(root) + 1 :] for root in roots if name.startswith(f"{root}/")]
-            return [*inside, name][0]
+            for root in (os.path.abspath, os.path.realpath) if os.path.isabs(name) else ():
+                name = name.removeprefix(f"{root(folder)}/")
+            return name
     return None
 
 

@@ -457,7 +457,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     add("--format", choices=[f[1:] for f in FORMATS], help="png is a sheet of frames (gif)")
     add("--upscale", type=number(int, 1, 64), default=4, help="enlarge for viewing (%(default)s)")
     add("--grid", action="store_true", help="all videos in one, with their captions")
-    picture = file_name(".png", ".gif")
+    picture = file_name(".gif", ".png")
     add("--attention", type=picture, metavar="FILE.png", help="draw each frame's attention to each "
         "word, too")
     add("--denoising", type=picture, metavar="FILE.gif", help="draw what the model believes the "
@@ -520,20 +520,23 @@ def read_stories(args: Namespace, captions: Sequence[str]) -> list[list[str]]:
     if args.prompts is not None:
         lines = captions if args.prompts == "captions" else read_prompts(args.prompts)
         if not 0 < len(lines) * args.num <= 10_000:
-            raise UserError(f"--prompts {args.prompts}: {len(lines)} sentences with {args.num} videos "
-                            "each, and it takes 1 to 10000 videos")
+            raise UserError(f"--prompts {args.prompts}: {len(lines)} sentences with {args.num} "
+                            "videos each, and it takes 1 to 10000 videos")
         stories = [[line] * (1 + args.extend) for line in lines for _ in range(args.num)]
     else:  # the last sentence goes on for as long as there are chunks
         more = args.prompt[-1:] * (1 + args.extend - len(args.prompt))
         stories = [args.prompt + more] * args.num
+    known = set("".join(captions))
     # A class of UCF-101, by the sentence that stands for it in training.
-    return [[UCF101.get(sentence.strip()) or without_marks(sentence, captions) for sentence in story]
+    return [[UCF101.get(line.strip()) or without_marks(line, known) for line in story]
             for story in stories]
 
 
-def without_marks(sentence: str, captions: Sequence[str]) -> str:
-    """Marks and symbols that no caption has become spaces: "a-red-circle" is "a red circle"."""
-    known = set("".join(captions) or sentence)
+def without_marks(sentence: str, known: set[str]) -> str:
+    """Marks and symbols that no caption has become spaces: "a-red-circle" is "a red circle". known:
+    the characters of the captions; where there is none, nothing is said about them."""
+    if not known:
+        return sentence
     told = "".join(char if char in known or unicodedata.category(char)[0] not in "PS" else " "
                    for char in sentence)  # fmt: skip
     return told if told.strip() else sentence

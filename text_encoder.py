@@ -263,8 +263,8 @@ class SelfAttention(nn.Module):
 
 # x <- x + Attention(LN(x));  x <- x + MLP(LN(x))                        Xiong 2020, table 1
 class TextBlock(nn.Module):
-    """Pre-norm transformer block: nothing on the residual path is normalised, so
-    it trains without a long warm-up."""
+    """Pre-norm transformer block: nothing on the residual path is normalised, so it trains without
+    a long warm-up."""
 
     def __init__(self, width: int, heads: int):
         super().__init__()

@@ -943,11 +943,11 @@ def find_state(args: argparse.Namespace) -> dict | None:
                         f"{state['stage']}, or choose another --out")
     if args.resume and not (out / "config.json").is_file():
         raise UserError(f"there is no {stage} run in {out} to resume")
+    foreign = [path for path in (out / "config.json", out / "log.jsonl") if path.exists()]
+    if foreign and not last.is_file() and not is_run(out):
+        raise UserError(f"{foreign[0]} is not of a run and would be overwritten: choose another "
+                        "--out")
     result = out / ("vae.pt" if stage == "vae" else "model.pt")
-    if not last.is_file() and not is_run(out):
-        for path in filter(Path.exists, (out / "config.json", out / "log.jsonl")):
-            raise UserError(f"{path} is not of a run and would be overwritten: choose another "
-                            "--out")
     if args.resume:
         say(f"{out} has no checkpoint of the {stage} stage yet: it begins at step 1")
     elif result.exists():

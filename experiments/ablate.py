@@ -209,7 +209,7 @@ def seconds_a_step(arm: dict, world: tuple, device: torch.device) -> float:
 def ablate(checkpoint: str, arms: list[str], minutes: float, seeds: int, clips: int) -> None:
     device = pick_device("auto")
     captions, scenes, videos = make_world(clips)
-    vaes = {True: load_autoencoder(checkpoint).to(device).eval()}
+    vaes = {True: load_autoencoder(checkpoint).to(device)}
     vaes[False] = copy.deepcopy(vaes[True])
     vaes[False].latent_mean.zero_()
     vaes[False].latent_std.fill_(1)

@@ -23,7 +23,7 @@ from dataclasses import replace
 import numpy as np
 
 import metrics
-from data import VideoFolder, contact_sheet, read_ahead, write_picture
+from data import IMAGES, VideoFolder, contact_sheet, read_ahead, write_picture
 from experiments.order import drawing_parser
 from experiments.reference import spoil
 from sample import load_pipeline
@@ -90,7 +90,7 @@ def parse_args(argv=None):
     parser.add_argument("--data", required=True, metavar="shapes|FOLDER")
     parser.add_argument("--videos", type=number(int, 1, 2**20), default=1000,
                         help="that were trained on, with --data shapes (%(default)s)")
-    parser.add_argument("--picture", type=file_name(".png"), default="samples/nearest.png",
+    parser.add_argument("--picture", type=file_name(*IMAGES), default="samples/nearest.png",
                         help="(%(default)s)")
     return parser.parse_args(argv)
 

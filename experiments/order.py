@@ -48,8 +48,8 @@ def load_painter(checkpoint: str | Path) -> Pipeline:
     pipeline = load_pipeline(checkpoint, pick_device("auto"))
     check_words(pipeline, [*COLOURS, *REACH, *MOTIONS])
     if (pipeline.frames, pipeline.size) != (FRAMES, SIZE):
-        raise UserError(f"{checkpoint} was trained on clips of other than {FRAMES} frames of {SIZE} "
-                        "pixels, so they cannot be compared with the built-in ones")
+        raise UserError(f"{checkpoint} was trained on clips of other than {FRAMES} frames of "
+                        f"{SIZE} pixels, so they cannot be compared with the built-in ones")
     return pipeline
 
 

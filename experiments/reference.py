@@ -21,7 +21,7 @@ import torch
 
 import metrics
 from data import FRAMES, VideoFolder, to_model, to_uint8
-from sample import CHECKPOINT, load_pipeline
+from sample import CHECKPOINT, load_autoencoder
 
 
 def spoil(video: np.ndarray, how: str, rng: np.random.Generator, vae=None) -> np.ndarray:
@@ -54,7 +54,7 @@ def reference(checkpoint: str | Path, data: str, num: int, stride: int | None) -
     if data == "shapes":
         fake.seed = 1
         ways.insert(1, "reconstructed")
-        vae = load_pipeline(checkpoint, device).vae
+        vae = load_autoencoder(checkpoint).to(device)
     else:
         real.items, fake.items = real.items[:num], real.items[num:]
     for warning in metrics.small_sample_warnings(names, num, FRAMES):

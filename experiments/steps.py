@@ -15,7 +15,7 @@ from tools import check_output, file_name, print_row, run_command
 
 import time
 
-from data import FPS, chart, write_picture
+from data import FPS, IMAGES, chart, write_picture
 from diffusion import SAMPLERS
 from experiments.order import drawing_parser, load_painter
 from metrics import caption_sets
@@ -45,7 +45,7 @@ def steps(checkpoint: str | Path, num: int, picture: Path) -> None:
 def parse_args(argv=None):
     """The command line."""
     parser = drawing_parser(__doc__, 50, "clips of each kind at each point")
-    parser.add_argument("--picture", type=file_name(".png"), default="samples/steps.png",
+    parser.add_argument("--picture", type=file_name(*IMAGES), default="samples/steps.png",
                         help="(%(default)s)")
     return parser.parse_args(argv)
 

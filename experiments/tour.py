@@ -515,7 +515,8 @@ def parse_args(argv=None):
     parser.add_argument("--checkpoint", default=CHECKPOINT, help="a model.pt (the shipped one)")
     parser.add_argument("--seed", type=number(int, 0, 2**62), default=0, help="(%(default)s)")
     parser.add_argument(
-        "--out", type=file_name(".html"), default="samples/tour.html", help="the page (%(default)s)"
+        "--out", type=file_name(".html", ".htm"), default="samples/tour.html",
+        help="the page (%(default)s)",
     )
     return parser.parse_args(argv)
 
